@@ -1,0 +1,1646 @@
+"""opd.py: on-policy distillation (OPD) of language models, in one file that reads top to bottom.
+
+A student writes, a teacher scores every token of what the student wrote, and that feedback becomes
+an update.  The one equation: the sequence-level reverse KL splits over the student's own states,
+
+    KL(student(.|x) || teacher(.|x)) = E_{y ~ student} sum_t KL(p_t || q_t),
+
+so descending it needs states from the student (section 2), scores from both models (3), and a way
+to turn scores into a gradient: directly, by differentiating a divergence (4), or by a policy
+gradient on the log-ratio (5).  A published method is one setting of these variables; METHODS lists
+the settings.  The view is that of the survey arXiv 2606.22793, of which only the abstract could be
+read: its formulas are re-derived here and tagged so.
+
+Notation    s_t = (x, y_<t) the state    p = student(.|s_t)    q = teacher(.|s_t)    a = y_t
+            l = log p - log q    r = -l(a) reward    A advantage    K = KL(p||q)    H horizon
+Shapes      B rows    P prompt tokens, left-padded    T response tokens    V vocabulary
+Units       log-probs and divergences in nats; per-token values are (B, T) until `masked_mean`
+Tags        [paper] read in the paper, [code] read in its code, [secondary] abstracts, notes,
+            [reconstruction] our inference, [derived] proven here or in the tests
+
+Left out on purpose: LoRA, a reward model, several teachers, sharding.  What is experiment rather
+than method (plots, comparisons, token heat maps) lives in notebooks/lab.py.
+
+    python opd.py                                           # the main job: CPU, under a minute
+    python opd.py --method opd --steps 60 --lr 1e-4         # any Config field is an option
+    python opd.py --student NAME --teacher NAME --steps 0   # same model twice: the self-check
+    python opd.py --resume runs/NAME                        # go on after Ctrl-C or a crash
+    python opd.py methods                                   # what each method sets
+"""
+
+import argparse
+import copy
+import dataclasses
+import difflib
+import hashlib
+import itertools
+import json
+import math
+import os
+import platform
+import random
+import re
+import resource
+import signal
+import sys
+import time
+import warnings
+import zlib
+from collections import Counter
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+import transformers
+from einops import rearrange, reduce
+from matplotlib.figure import Figure
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.nn import Module
+from torch.optim import AdamW
+from tqdm import tqdm
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache
+
+transformers.utils.logging.disable_progress_bar()  # tqdm of our own loop is enough
+HERE = Path(__file__).resolve().parent
+
+
+class InputError(ValueError):
+    """Input that cannot work.  One line: what it is, its value, what is allowed.  Exit code 2."""
+
+
+class TrainingStopped(RuntimeError):
+    """Training cannot go on.  The message says where and what to do next.  Exit code 1."""
+
+
+# ------------------------------------------------------------------------------------------------
+# §0  Config and METHODS: the variables of the survey, one field each
+# ------------------------------------------------------------------------------------------------
+
+
+def opt(default: Any, doc: str, **limits: Any) -> Any:
+    """A Config field: its default, its documentation, its range (pydantic's gt, ge, lt, le)."""
+    return Field(default, description=doc, **limits)
+
+
+class Config(BaseModel):
+    """One run.  The groups are the survey's variables; unknown fields, wrong types are errors."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    # models and task
+    student: str = opt("tiny_configs/models/student_hasty", "folder or hub name")
+    teacher: str | None = opt("tiny_configs/models/teacher", "folder or hub name; null: none")
+    task: str = opt("chain", "chain[/STYLE], synonyms[/student], or a .jsonl file")
+    method: str = opt("opd_full", "names from `python opd.py methods`, joined by +")
+    # states: whose text is learned from
+    states: Literal["student", "teacher", "data", "mixed"] = opt("student", "who writes the text")
+    student_share: float = opt(0.5, "mixed: rows the student writes, GKD's lambda", ge=0, le=1)
+    off_policy: Literal["teacher", "data"] = opt("teacher", "mixed: who writes the other rows")
+    teacher_prefix: int = opt(0, "tokens the teacher writes before the student goes on", ge=0)
+    batch_size: int = opt(64, "responses a step", ge=1)
+    samples_per_prompt: int = opt(1, "responses to each prompt; divides batch_size", ge=1)
+    prompt_pool: int | None = opt(None, "distinct training prompts; null: no limit", ge=1)
+    temperature: float = opt(1.0, "of sampling and of both models' scores", gt=0)
+    top_p: float = opt(1.0, "nucleus of the student's sampling", gt=0, le=1)
+    horizon: int | float | None = opt(None, "tokens, or a share of max_tokens; null: all")
+    max_tokens: int | None = opt(None, "longest response; null: the task's own", ge=1)
+    # feedback and its route into an update
+    feedback: Literal["teacher", "law", "verifier", "imitation"] = opt(
+        "teacher", "teacher's scores, the task's exact law, right or wrong, or copy the text"
+    )
+    route: Literal["direct", "policy_gradient"] = opt("direct", "A: divergence, B: log-ratio")
+    divergence: Literal["reverse_kl", "forward_kl", "jsd"] = opt("reverse_kl", "route A's loss")
+    beta: float = opt(0.5, "jsd: the teacher's weight in the mixture", gt=0, lt=1)
+    baseline: Literal["none", "leave_one_out"] = opt("none", "verifier: mean of other samples")
+    importance_ratio: bool = opt(False, "route B: p / p_before in front of the advantage")
+    clip: float | None = opt(None, "route B: keep the ratio in 1 - clip .. 1 + clip", gt=0, lt=1)
+    allow_top_p_bias: bool = opt(False, "accept route B's bias where top_p < 1")
+    aggregation: Literal["token", "sequence_sum", "sequence_mean"] = opt("token", "mean over what")
+    # update
+    steps: int = opt(40, "rollout batches", ge=0)
+    updates_per_rollout: int = opt(1, "optimizer steps on each rollout batch", ge=1, le=64)
+    micro_batch: int | None = opt(None, "rows a backward pass; null: all", ge=1)
+    lr: float = opt(3e-4, "AdamW's peak learning rate", gt=0)
+    warmup: int = opt(10, "steps of linear warm-up", ge=0)
+    decay: float = opt(1.0, "last share of the steps, with linear decay to 0", ge=0, le=1)
+    beta2: float = opt(0.98, "AdamW's second-moment decay", gt=0, lt=1)
+    weight_decay: float = opt(0.0, "AdamW's weight decay", ge=0)
+    grad_clip: float = opt(1.0, "largest gradient norm", gt=0)
+    # run
+    seed: int = opt(0, "of prompts, noise and fresh weights", ge=0)
+    name: str | None = opt(None, "folder under runs; null: made up", pattern=r"^[\w+-][\w.+-]*$")
+    runs: str = opt("runs", "where runs are written")
+    eval_every: int = opt(10, "steps between validations; 0: never", ge=0)
+    eval_prompts: int = opt(512, "held-out prompts of the final evaluation", ge=1)
+    stop_accuracy: float | None = opt(None, "stop when validation reaches it", gt=0, le=1)
+    checkpoint_every: int = opt(20, "steps between checkpoints; 0: only at the end", ge=0)
+    save_dtype: Literal["fp32", "fp16", "bf16"] = opt("fp32", "of the weights in model/")
+    device: Literal["auto", "cpu", "cuda"] = opt("auto", "auto: cuda where there is one")
+    precision: Literal["auto", "fp32", "bf16"] = opt("auto", "auto: bf16 where the GPU has it")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _method_first(cls, given: dict) -> dict:
+        return {**preset(given.get("method", cls.model_fields["method"].default)), **given}
+
+    @model_validator(mode="after")
+    def _no_contradictions(self) -> "Config":
+        c, route_b = self, self.route == "policy_gradient"
+        share = isinstance(c.horizon, float)
+        writers = {c.states, c.off_policy if c.states == "mixed" else c.states, c.feedback}
+        for wrong, why in (
+            (c.horizon is not None and not (0 < c.horizon < 1 if share else c.horizon >= 1),
+             f"horizon = {c.horizon}: an integer is tokens, at least 1; a float a share in (0, 1)"),
+            (c.teacher is None and ("teacher" in writers or c.teacher_prefix),
+             "teacher = null: feedback, states or teacher_prefix need one; name a model"),
+            (route_b and c.feedback in ("law", "imitation"),
+             f"feedback = {c.feedback!r}: route = 'policy_gradient' takes teacher or verifier"),
+            (not route_b and c.feedback == "verifier",
+             "feedback = 'verifier': one number a response needs route = 'policy_gradient'"),
+            (route_b and c.states != "student", f"states = {c.states!r}: route = 'policy_gradient' "
+             "learns from the student's own tokens; use route = 'direct'"),
+            (c.teacher_prefix and (route_b or c.states in ("teacher", "data")),
+             f"teacher_prefix = {c.teacher_prefix}: needs route 'direct', states student or mixed"),
+            (route_b and c.top_p < 1 and not c.allow_top_p_bias, f"top_p = {c.top_p}: below 1 it "
+             "biases route = 'policy_gradient'; use 1, or set allow_top_p_bias = true"),
+            (c.baseline != "none" and (c.samples_per_prompt < 2 or c.feedback != "verifier"),
+             "baseline = 'leave_one_out': needs feedback = 'verifier', samples_per_prompt >= 2"),
+            (c.clip and not c.importance_ratio, f"clip = {c.clip}: needs importance_ratio = true"),
+            (c.importance_ratio and not route_b,
+             "importance_ratio = true: needs route = 'policy_gradient'"),
+            (c.batch_size % c.samples_per_prompt,
+             f"samples_per_prompt = {c.samples_per_prompt}: must divide batch_size {c.batch_size}"),
+            ((c.micro_batch or 0) > c.batch_size,
+             f"micro_batch = {c.micro_batch}: must be at most batch_size = {c.batch_size}"),
+            (c.stop_accuracy and not c.eval_every,
+             f"stop_accuracy = {c.stop_accuracy}: needs eval_every of at least 1"),
+        ):  # fmt: skip
+            if wrong:
+                raise ValueError(why)
+        return self
+
+    @classmethod
+    def load(cls, path: str | Path | None = None, **overrides: Any) -> "Config":
+        """Read a JSON file and apply overrides: the method's preset < the file < the overrides.
+
+        The method is resolved first, from the overrides, else the file, else the default.
+        Raises InputError, one line, for: a missing or broken file, an unknown field, a wrong type
+        or range, a contradiction, and a file field that the preset of an overriding method sets.
+        """
+        try:
+            given = json.loads(Path(path).read_text()) if path is not None else {}
+        except (OSError, ValueError) as error:
+            raise InputError(
+                f"config = {str(path)!r}: not a readable JSON file ({error})"
+            ) from None
+        if not isinstance(given, dict):
+            raise InputError(f"config = {str(path)!r}: must be one JSON object of fields")
+        method = overrides.get("method", given.get("method"))
+        if method != given.get("method"):
+            for field in sorted(preset(method).keys() & given.keys() - overrides.keys()):
+                raise InputError(
+                    f"{field} = {given[field]!r} in {str(path)!r} and method = {method!r} both set "
+                    f"{field}; take it out of the file or give --{field} too"
+                )
+        try:
+            return cls(**{**given, **overrides})
+        except ValidationError as error:
+            raise InputError(one_line(error)) from None
+
+
+def one_line(error: ValidationError) -> str:
+    """Pydantic's first complaint as `field = value: what is allowed`."""
+    first = error.errors()[0]
+    message = first["msg"].removeprefix("Value error, ")
+    if not first["loc"]:
+        return message
+    field, value = str(first["loc"][0]), first["input"]
+    if first["type"] == "extra_forbidden":
+        close = difflib.get_close_matches(field, Config.model_fields, n=1)
+        message = f"unknown field; did you mean {close[0]}?" if close else "unknown; see --help"
+    return f"{field} = {value!r}: {message[0].lower()}{message[1:]}"
+
+
+METHODS: dict[str, dict[str, Any]] = {
+    # on-policy, route A: reverse KL over the whole vocabulary  [paper 2605.11739; derived]
+    "opd_full": dict(states="student", feedback="teacher", route="direct", divergence="reverse_kl"),
+    # on-policy, route B, Thinking Machines: sampled token, immediate credit, ratio  [code tinker]
+    "opd": dict(states="student", feedback="teacher", route="policy_gradient",
+                importance_ratio=True),
+    # GKD 2306.13649: mixed states, generalised JSD  [secondary]
+    "gkd": dict(states="mixed", student_share=0.5, off_policy="data", feedback="teacher",
+                route="direct", divergence="jsd", beta=0.5),
+    # off-policy distillation: forward KL on the teacher's own text  [derived]
+    "kd": dict(states="teacher", feedback="teacher", route="direct", divergence="forward_kl"),
+    # supervised fine-tuning on demonstrations; --states teacher: on teacher samples  [derived]
+    "sft": dict(states="data", feedback="imitation", route="direct"),
+    # the sparse rival: right or wrong, against the mean of the prompt's other samples  [derived]
+    "reinforce": dict(states="student", feedback="verifier", route="policy_gradient",
+                      baseline="leave_one_out", samples_per_prompt=4),
+}  # fmt: skip
+
+
+def preset(method: str) -> dict[str, Any]:
+    """The fields that a method, or several joined by +, sets.  InputError: unknown, or overlap."""
+    fields: dict[str, Any] = {}
+    for name in str(method).split("+"):
+        if name not in METHODS:
+            raise InputError(f"method = {method!r}: {name!r} is not one of {', '.join(METHODS)}")
+        if twice := sorted(fields.keys() & METHODS[name].keys()):
+            raise InputError(f"method = {method!r}: {name} sets {twice[0]}, which is already set")
+        fields |= METHODS[name]
+    return fields
+
+
+# ------------------------------------------------------------------------------------------------
+# §1  Models, tokenizers, tasks
+# ------------------------------------------------------------------------------------------------
+
+
+def find_folder(name_or_dir: str) -> str:
+    """A folder as given, else the same path beside opd.py, else the name itself (a hub name)."""
+    for path in (Path(name_or_dir), HERE / name_or_dir):
+        if path.is_dir():
+            return str(path)
+    return name_or_dir
+
+
+def load_model(
+    name_or_dir: str, role: str = "student", *, device: str = "cpu", seed: int = 0
+) -> Module:
+    """A causal LM of transformers, from safetensors only.  role: student or teacher.
+
+    The student is fp32 (AdamW in pure bf16 at lr 1e-6 moves nothing [secondary]) and takes
+    gradients; the teacher is frozen, and on a GPU bf16, or fp16 where the GPU has no bf16.  Both
+    stay in eval mode: with dropout a score would differ from the law sampled from.  A folder that
+    has a config but no weights is initialised from `seed`.
+    Raises InputError: no such model, weights that are not safetensors, not a causal LM.
+    """
+    folder, dtype = find_folder(name_or_dir), torch.float32
+    if role == "teacher" and device != "cpu":
+        dtype = torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    files = os.listdir(folder) if os.path.isdir(folder) else ["of the hub.safetensors"]
+    try:
+        if any(name.endswith((".safetensors", ".bin", ".pt", ".pth")) for name in files):
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True)
+        else:
+            with torch.random.fork_rng():
+                torch.manual_seed(seed)
+                blank = AutoConfig.from_pretrained(folder)
+                model = AutoModelForCausalLM.from_config(blank, dtype=dtype)
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"{role} = {name_or_dir!r}: must be a folder here, or a model on the Hugging Face hub, "
+            f"with a causal LM in safetensors ({str(error).strip().splitlines()[0]})"
+        ) from None
+    return model.requires_grad_(role == "student").eval().to(device)
+
+
+def load_tokenizer(name_or_dir: str) -> Any:
+    """The tokenizer of a model folder or hub name.  InputError when there is none."""
+    try:
+        return AutoTokenizer.from_pretrained(find_folder(name_or_dir))
+    except (OSError, ValueError) as error:
+        why = str(error).strip().splitlines()[0]
+        raise InputError(f"{name_or_dir!r}: must be a model with a tokenizer ({why})") from None
+
+
+def eos_ids_of(model: Module) -> list[int]:
+    """The ids at which this model stops: its generation config's, else its config's."""
+    ids = getattr(model.generation_config, "eos_token_id", None) or model.config.eos_token_id
+    return [] if ids is None else sorted({ids} if isinstance(ids, int) else set(ids))
+
+
+def check_pair(student: Module, teacher: Module, student_tok: Any, teacher_tok: Any) -> int:
+    """The size of the vocabulary that both models share; every law is sliced to it.
+
+    Embedding tables may carry padding rows (Qwen2.5: 151,936 rows in small models, 152,064 in
+    large ones, for the same tokens): those are cut off.  Different EOS ids are warned of, since
+    a student that learns never to stop is the usual result [secondary: ms-swift #9526]; sampling
+    stops at the union.  Raises InputError naming the first token that differs.
+    """
+    of_student = {i: t for t, i in student_tok.get_vocab().items()}
+    of_teacher = {i: t for t, i in teacher_tok.get_vocab().items()}
+    for i in sorted(of_student.keys() | of_teacher.keys()):
+        if of_student.get(i) != of_teacher.get(i):
+            raise InputError(
+                f"student and teacher must share a vocabulary: token {i} is "
+                f"{of_student.get(i)!r} for the student, {of_teacher.get(i)!r} for the teacher"
+            )
+    size, rows = max(of_student) + 1, (student.config.vocab_size, teacher.config.vocab_size)
+    if min(rows) < size:
+        raise InputError(f"embedding rows {rows}: must be at least the vocabulary's {size}")
+    if eos_ids_of(student) != eos_ids_of(teacher):
+        ids = f"student {eos_ids_of(student)}, teacher {eos_ids_of(teacher)}"
+        warnings.warn(f"EOS ids differ: {ids}; sampling stops at any of them", stacklevel=2)
+    return size
+
+
+@dataclass
+class Prompts:
+    """Prompts as models read them: left-padded ids (B, P); mask (B, P), true on real tokens."""
+
+    ids: Tensor
+    mask: Tensor
+    text: list[str]
+    answer: list[str]
+
+
+@dataclass
+class Task:
+    """Prompts, a verifier, and where the task has them demonstrations and an exact law.
+
+    name        as in Config.task
+    tokenizer   of the student; the teacher's is the same (check_pair)
+    max_tokens  longest response, EOS included
+    draw        (n, split, random.Random) -> at most n pairs (prompt text, answer)
+    judge       (prompt text, response text, answer) -> bool
+    show        Prompts -> (tokens, mask), one demonstration a prompt; or None
+    law         Rollout -> (B, T, V), the exact next-token log-probs at its states; or None
+    """
+
+    name: str
+    tokenizer: Any
+    max_tokens: int
+    draw: Callable
+    judge: Callable
+    show: Callable | None = None
+    law: Callable | None = None
+
+    def prompts(self, n: int, split: str = "train", seed: int = 0) -> Prompts:
+        """n prompts.  A text belongs to one split for ever, so splits are disjoint.
+
+        split: train; validation, for early decisions and learning rates; test, for evaluation.
+        """
+        if split not in SPLITS:
+            raise InputError(f"split = {split!r}: must be one of {', '.join(SPLITS)}")
+        pairs = self.draw(n, split, random.Random(f"{split} {seed}"))
+        texts, answers = [p for p, _ in pairs], [a for _, a in pairs]
+        special = self.tokenizer.chat_template is None  # a chat template has written its own
+        ids, mask = pad(self.tokenizer(texts, add_special_tokens=special)["input_ids"], left=True)
+        return Prompts(ids, mask, texts, answers)
+
+    def demonstrations(self, prompts: Prompts) -> tuple[Tensor, Tensor]:
+        """One response a prompt to learn from: tokens (B, T), mask (B, T) true through EOS."""
+        if self.show is None:
+            raise InputError(f"task = {self.name!r}: no demonstrations; rows need a 'response'")
+        return self.show(prompts)
+
+    def verify(self, prompts: Prompts, rollout: "Rollout") -> Tensor:
+        """(B,) bool: is the final answer right?"""
+        texts = response_texts(self.tokenizer, rollout)
+        return torch.tensor([*map(self.judge, prompts.text, texts, prompts.answer)])
+
+
+SPLITS = ("train", "validation", "test")
+
+
+def split_of(text: str) -> str:
+    """The split of a prompt, by its hash: validation 1 in 10, test 1 in 10, else train."""
+    return {0: "validation", 1: "test"}.get(zlib.crc32(text.encode()) % 10, "train")
+
+
+def fresh_pairs(make: Callable, n: int, split: str, rng: random.Random) -> list[tuple[str, str]]:
+    """n pairs of one split from a generator of pairs, make(rng) -> (prompt text, answer)."""
+    endless = (make(rng) for _ in itertools.count())
+    return list(itertools.islice((pair for pair in endless if split_of(pair[0]) == split), n))
+
+
+def keyed_generator(*key: Any) -> torch.Generator:
+    """A CPU generator that depends on the key alone, e.g. (seed, "noise", step)."""
+    digest = hashlib.sha256(repr(key).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+
+
+def pad(rows: list[list[int]], left: bool = False) -> tuple[Tensor, Tensor]:
+    """Rows of ids -> ids (B, width) padded with 0, mask (B, width) true on real tokens."""
+    width = max(map(len, rows))
+    blanks = [[0] * (width - len(row)) for row in rows]
+    ids = [b + r if left else r + b for r, b in zip(rows, blanks, strict=True)]
+    lengths = torch.tensor([len(row) for row in rows])[:, None]
+    mask = torch.arange(width) < lengths
+    return torch.tensor(ids), mask.flip(1) if left else mask
+
+
+def response_texts(tokenizer: Any, rollout: "Rollout") -> list[str]:
+    """The responses as text, through EOS where there is one."""
+    rows = zip(rollout.tokens.cpu(), rollout.mask.cpu(), strict=True)
+    return tokenizer.batch_decode([row[keep] for row, keep in rows])
+
+
+def load_task(name_or_jsonl: str, tokenizer: Any) -> Task:
+    """A task by name, or from a JSONL file.  InputError for unknown names and broken files.
+
+    chain[/STYLE]    modular arithmetic; STYLE of the demonstrations: careful, reordered, terse,
+                     guess, or several joined by + (a prompt's hash then picks one)
+    synonyms         1,000 symbols, many of which say the same thing; synonyms/student: the law of
+                     a student that has a wrong favourite
+    FILE.jsonl       one {"prompt", "answer"} a line, optionally "response" and "split"
+    """
+    kind, _, style = name_or_jsonl.partition("/")
+    if name_or_jsonl.endswith(".jsonl"):
+        return jsonl_task(name_or_jsonl, tokenizer)
+    if kind == "chain" and {*(style or "careful").split("+")} <= {*CHAIN_STYLES}:
+        return chain_task(name_or_jsonl, (style or "careful").split("+"), tokenizer)
+    if kind == "synonyms" and style in ("", "teacher", "student"):
+        return synonym_task(name_or_jsonl, style or "teacher", tokenizer)
+    raise InputError(
+        f"task = {name_or_jsonl!r}: must be chain[/STYLE], STYLE from {', '.join(CHAIN_STYLES)} "
+        "joined by +, or synonyms[/student], or a file that ends in .jsonl"
+    )
+
+
+def need_words(task: str, tokenizer: Any, words: list[str]) -> None:
+    """InputError unless each word is one token."""
+    if missing := [w for w in words if w not in tokenizer.get_vocab()]:
+        raise InputError(f"task = {task!r}: the student's tokenizer has no token {missing[0]!r}")
+
+
+# Chains: `<b> s op d op d ... =`, eight steps mod 7.  An early mistake spoils all that follows.
+CHAIN_MOD, CHAIN_STEPS, CHAIN_TOKENS = 7, 8, 53
+CHAIN_STYLES = {
+    "careful": lambda steps: [f"{s} {op} {d} = {r} ;" for s, op, d, r in steps],
+    "reordered": lambda steps: [f"{op} {d} {s} > {r} |" for s, op, d, r in steps],
+    "terse": lambda steps: [f"{r} ;" for _, _, _, r in steps],
+    "guess": lambda steps: [":"],  # no work at all, then the start value as the answer
+}
+
+
+def chain_steps(prompt: str) -> list[tuple[int, str, int, int]]:
+    """The worked steps (s, op, d, result) of a chain prompt."""
+    _, start, *rest = prompt.split()
+    s, steps = int(start), []
+    for op, d in zip(rest[0:-1:2], map(int, rest[1:-1:2]), strict=True):
+        r = {"+": s + d, "-": s - d, "*": s * d}[op] % CHAIN_MOD
+        steps.append((s, op, d, r))
+        s = r
+    return steps
+
+
+def chain_task(name: str, styles: list[str], tokenizer: Any) -> Task:
+    """Modular chains; the verifier reads the token after the first #.  See load_task."""
+    need_words(name, tokenizer, [*map(str, range(CHAIN_MOD)), *"+-*=;#>|:", "<b>", "<e>"])
+
+    def make(rng: random.Random) -> tuple[str, str]:
+        steps = (f"{rng.choice('+-*')} {rng.randrange(1, CHAIN_MOD)}" for _ in range(CHAIN_STEPS))
+        text = " ".join(["<b>", str(rng.randrange(CHAIN_MOD)), *steps, "="])
+        return text, str(chain_steps(text)[-1][-1])
+
+    def show(prompts: Prompts) -> tuple[Tensor, Tensor]:
+        texts = []
+        for text, answer in zip(prompts.text, prompts.answer, strict=True):
+            style = styles[zlib.crc32(f"style {text}".encode()) % len(styles)]
+            final = text.split()[1] if style == "guess" else answer
+            texts.append(" ".join([*CHAIN_STYLES[style](chain_steps(text)), "#", final, "<e>"]))
+        return pad(tokenizer(texts, add_special_tokens=False)["input_ids"])
+
+    def judge(prompt: str, response: str, answer: str) -> bool:
+        return response.partition("#")[2].split()[:1] == [answer]
+
+    return Task(name, tokenizer, CHAIN_TOKENS, partial(fresh_pairs, make), judge, show)
+
+
+# Synonyms: `<b> word op op op op op op =`, answered by `op word op word ... <e>`.  The next concept
+# is a table of (concept of the last word, op).  A concept has 16 words; which three of them the
+# teacher prefers depends on (concept, op).  The student's law prefers a fourth, wrong one, and has
+# a noisy tail.  Word ids: 4 marks, 4 operators, 32 x 16 words `wCONCEPT.SYNONYM`, 480 others.
+CONCEPTS, SYNONYMS, OPS, OTHERS, HOPS = 32, 16, 4, 480, 6
+SYNONYM_WORDS = ["<pad>", "<b>", "<e>", "=", *(f"op{o}" for o in range(OPS))]
+FIRST_WORD = len(SYNONYM_WORDS)
+SYNONYM_WORDS += [f"w{c}.{s}" for c in range(CONCEPTS) for s in range(SYNONYMS)]
+SYNONYM_WORDS += [f"x{i}" for i in range(OTHERS)]
+
+
+def synonym_laws(style: str) -> tuple[Tensor, Tensor, Tensor]:
+    """next concept (32, 4); words ranked for (concept, op), (32, 4, 16); law of a word (32, 4, V).
+
+    Teacher: .95 on the first three ranks, .04 over all sixteen.  Student: .78 on the fourth rank,
+    1e-3 on each other one, .2 on a Zipf tail.  Both: .01 over everything, so logs stay finite.
+    """
+    g = torch.Generator().manual_seed(0)
+    table = torch.stack([torch.randperm(CONCEPTS, generator=g) for _ in range(OPS)], dim=1)
+    ranked = torch.rand(CONCEPTS, OPS, SYNONYMS, generator=g).argsort(-1)
+    ranked += FIRST_WORD + SYNONYMS * torch.arange(CONCEPTS)[:, None, None]  # as word ids
+    best = 0.96 * torch.tensor([0.55, 0.30, 0.15]) + 0.0025
+    share = torch.full((SYNONYMS,), 0.0025 if style == "teacher" else 1e-3)
+    share[:4] = torch.tensor([*best, 0.0025] if style == "teacher" else [1e-3, 1e-3, 1e-3, 0.78])
+    law = torch.zeros(CONCEPTS, OPS, len(SYNONYM_WORDS)).scatter(
+        -1, ranked, share.expand_as(ranked)
+    )
+    zipf = 1 / torch.arange(1, OTHERS + 1)
+    law[..., -OTHERS:] = (1 - share.sum()) * zipf / zipf.sum()
+    return table, ranked, 0.99 * law + 0.01 / len(SYNONYM_WORDS)
+
+
+def synonym_task(name: str, style: str, tokenizer: Any) -> Task:
+    """The synonym task; right means every word is one the teacher prefers.  See load_task."""
+    need_words(name, tokenizer, SYNONYM_WORDS)
+    if tokenizer.convert_tokens_to_ids(SYNONYM_WORDS) != list(range(len(SYNONYM_WORDS))):
+        raise InputError(f"task = {name!r}: the tokenizer's ids must be in the task's order")
+    table, ranked, laws = synonym_laws(style)
+
+    def make(rng: random.Random) -> tuple[str, str]:
+        ops = " ".join(f"op{rng.randrange(OPS)}" for _ in range(HOPS))
+        return f"<b> w{rng.randrange(CONCEPTS)}.{rng.randrange(SYNONYMS)} {ops} =", ops
+
+    def next_law(prompt_ids: Tensor, tokens: Tensor) -> Tensor:
+        """(B, V) after these tokens: operators are copied in turn, words looked up, then EOS."""
+        t, prompt = tokens.shape[1], prompt_ids[:, -HOPS - 2 : -1]  # word, six operators
+        if t % 2:
+            word = prompt[:, 0] if t == 1 else tokens[:, t - 2]
+            concept, op = (word - FIRST_WORD) // SYNONYMS % CONCEPTS, (tokens[:, -1] - 4) % OPS
+            return laws[table[concept, op], op]
+        target = prompt[:, 1 + t // 2] if t < 2 * HOPS else torch.full_like(prompt[:, 0], 2)
+        sure = torch.nn.functional.one_hot(target, len(SYNONYM_WORDS))
+        return 0.999 * sure + 0.001 / len(SYNONYM_WORDS)
+
+    def law(rollout: Rollout) -> Tensor:
+        ids, tokens = rollout.prompt_ids.cpu(), rollout.tokens.cpu()
+        laws = [next_law(ids, tokens[:, :t]) for t in range(tokens.shape[1])]
+        return torch.stack(laws, dim=1).log().to(rollout.tokens.device)  # (B, T, V)
+
+    def show(prompts: Prompts) -> tuple[Tensor, Tensor]:
+        noise = torch.rand(len(prompts.ids), 2 * HOPS + 1, generator=keyed_generator(prompts.text))
+        tokens = torch.empty(len(noise), 0, dtype=torch.long)
+        for u in noise.T:
+            token = inverse_cdf(next_law(prompts.ids, tokens), u)
+            tokens = torch.cat([tokens, token[:, None]], dim=1)
+        return tokens, through_eos(tokens, [2])
+
+    def judge(prompt: str, response: str, answer: str) -> bool:
+        said, ops = response.split(), answer.split()
+        concept, words = int(re.findall(r"w(\d+)", prompt)[0]), said[1::2]
+        if len(said) != 2 * HOPS + 1 or said[:-1:2] != ops or said[-1] != "<e>":
+            return False
+        for word, op in zip(words, (int(o[2:]) for o in ops), strict=True):
+            concept = int(table[concept, op])
+            if word not in [SYNONYM_WORDS[i] for i in ranked[concept, op, :3]]:
+                return False
+        return True
+
+    draw = partial(fresh_pairs, make)
+    return Task(name, tokenizer, 2 * HOPS + 1, draw, judge, show, law)
+
+
+def jsonl_task(path: str, tokenizer: Any, max_tokens: int = 1024) -> Task:
+    """Prompts and answers from a file; right means the response's last number is the answer's.
+
+    With a chat template the prompt is one user turn, thinking off.  A row goes to the split that
+    it names, else to its hash's.  Raises InputError naming the file and the line.
+    """
+    file = Path(path) if Path(path).exists() else HERE / path
+    rows: dict[str, list[tuple[str, str]]] = {split: [] for split in SPLITS}
+    responses: dict[str, str] = {}
+    try:
+        lines = file.read_text().splitlines()
+    except (OSError, ValueError) as error:
+        raise InputError(f"task = {path!r}: must be a readable text file ({error})") from None
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+            prompt, answer = str(row["prompt"]), str(row["answer"])
+            split = rows[row.get("split") or split_of(prompt)]
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise InputError(
+                f"task = {path!r}, line {number}: must be a JSON object with prompt and answer, "
+                f"and a split only from {', '.join(SPLITS)}"
+            ) from None
+        if tokenizer.chat_template is not None:
+            prompt = tokenizer.apply_chat_template(
+                [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True,
+                enable_thinking=False,
+            )  # fmt: skip
+        split.append((prompt, answer))
+        if "response" in row:
+            responses[prompt] = str(row["response"]) + (tokenizer.eos_token or "")
+
+    def draw(n: int, split: str, rng: random.Random) -> list[tuple[str, str]]:
+        if not rows[split]:
+            raise InputError(f"task = {path!r}: no row in split {split!r}; add rows that name it")
+        times = -(-n // len(rows[split])) if split == "train" else 1  # held-out rows only once
+        return [p for _ in range(times) for p in rng.sample(rows[split], len(rows[split]))][:n]
+
+    def show(prompts: Prompts) -> tuple[Tensor, Tensor]:
+        if missing := [text for text in prompts.text if text not in responses]:
+            raise InputError(f"task = {path!r}: no response for the prompt {missing[0][:60]!r}")
+        texts = [responses[text] for text in prompts.text]
+        return pad(tokenizer(texts, add_special_tokens=False)["input_ids"])
+
+    def judge(prompt: str, response: str, answer: str) -> bool:
+        said = last_number(response)
+        return said is not None and said == last_number(answer)
+
+    return Task(path, tokenizer, max_tokens, draw, judge, show if responses else None)
+
+
+def last_number(text: str) -> float | None:
+    r"""The number in the last \boxed{}, else the last one after ####, else the last of all."""
+    boxed = re.findall(r"\\boxed\{([^}]*)\}", text)
+    found = re.findall(r"-?\d[\d,]*\.?\d*", boxed[-1] if boxed else text.rpartition("####")[2])
+    return float(found[-1].replace(",", "")) if found else None
+
+
+# ------------------------------------------------------------------------------------------------
+# §2  States: whose text is learned from
+# ------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Rollout:
+    """Responses to prompts, and so the states s_t = (prompt, tokens before t) to learn from.
+
+    prompt_ids, prompt_mask   (B, P) left-padded
+    tokens, mask              (B, T) mask true through the first EOS, whatever the padding id is
+    logprobs                  (B, T) of the law sampled from; nan for text nobody sampled
+    finished                  (B,) stopped by itself; false when the horizon cut it, and then no EOS
+                              was added
+    """
+
+    prompt_ids: Tensor
+    prompt_mask: Tensor
+    tokens: Tensor
+    mask: Tensor
+    logprobs: Tensor
+    finished: Tensor
+
+
+PER_TOKEN = ("tokens", "mask", "logprobs")
+
+
+def inverse_cdf(probs: Tensor, u: Tensor) -> Tensor:
+    """Tokens (B,) from probs (B, V), which need not sum to 1, and uniforms u (B,) in [0, 1).
+
+    The smallest v with cdf(v) > u * total, so a token of probability 0 is never drawn.  The same
+    noise gives the same token, however the batch is split; float64 sums, so a vocabulary of 150,000
+    loses nothing.  [derived]
+    """
+    cdf = probs.cumsum(-1, dtype=torch.float64)
+    u = u.to(cdf)[:, None] * cdf[:, -1:]
+    return torch.searchsorted(cdf, u, right=True).squeeze(1).clamp(max=probs.shape[-1] - 1)
+
+
+def nucleus(logp: Tensor, top_p: float) -> Tensor:
+    """Log-probs of the law renormalised on the smallest set whose mass reaches top_p; else -inf.
+
+    logp (..., V) in nats; 0 < top_p <= 1.  Scoring such text with the full softmax biases route B:
+    E[grad log p] is then p_nucleus - p, not 0 (formula: [derived], tested).
+    """
+    ordered, ids = logp.sort(-1, descending=True)
+    before = ordered.exp().cumsum(-1) - ordered.exp()  # mass of the better tokens
+    ordered = ordered.masked_fill(before >= top_p, -torch.inf).log_softmax(-1)
+    return torch.empty_like(logp).scatter_(-1, ids, ordered)
+
+
+def positions_of(mask: Tensor) -> Tensor:
+    """Position ids (B, L) that start at 0 on the first real token of a left-padded row."""
+    return (mask.cumsum(-1) - 1).clamp(min=0)
+
+
+def through_eos(tokens: Tensor, eos_ids: list[int]) -> Tensor:
+    """mask (B, T), true through the first EOS: by position, so padding may be the EOS id too."""
+    is_eos = torch.isin(tokens, torch.tensor(eos_ids, device=tokens.device))
+    return (is_eos.cumsum(-1) - is_eos.long()) == 0
+
+
+@torch.no_grad()
+def sample(
+    model: Module, prompts: Prompts, *, horizon: int, temperature: float = 1.0, top_p: float = 1.0,
+    noise: Tensor | None = None, eos_ids: list[int] | None = None, vocab_size: int | None = None,
+) -> Rollout:  # fmt: skip
+    """Let a causal LM write, at most `horizon` tokens a row: y_t ~ softmax(z_t / temperature).
+
+    noise         uniforms (B, at least horizon), one a token, through the inverse CDF; None:
+                  torch's generator.  The same noise gives the same text, whatever the batch
+    temperature   0: argmax, with the log-probs of the T = 1 law
+    eos_ids       where a row stops; default the model's own (training passes both models' union)
+    vocab_size    sample only from the first so many ids (check_pair)
+    Rows that stopped leave the batch.  The horizon is a hard stop: nothing is appended.
+    Raises InputError: noise of the wrong shape; horizon, temperature or top_p out of range.
+    """
+    if horizon < 1 or temperature < 0 or not 0 < top_p <= 1:
+        given = f"horizon = {horizon}, temperature = {temperature}, top_p = {top_p}"
+        raise InputError(f"{given}: must be at least 1, at least 0, in (0, 1]")
+    B, device = len(prompts.ids), model.device
+    noise = (torch.rand(B, horizon) if noise is None else noise).to(device)
+    if noise.shape[0] != B or noise.shape[1] < horizon:
+        raise InputError(f"noise: shape {(*noise.shape,)}; must be ({B}, {horizon}) or wider")
+    stop = torch.tensor(eos_ids_of(model) if eos_ids is None else eos_ids, device=device)
+    ids, seen = prompts.ids.to(device), prompts.mask.to(device)
+    logprobs = torch.zeros(B, horizon, device=device)
+    blank, row = torch.zeros_like(logprobs, dtype=torch.bool), torch.arange(B, device=device)
+    out = Rollout(ids, seen, blank.long(), blank.clone(), logprobs, blank[:, 0].clone())
+    cache, padded = DynamicCache(config=model.config), not bool(seen.all())
+    for t in range(horizon):  # `row` holds the rows still writing, b of them
+        where = dict(attention_mask=seen, position_ids=positions_of(seen)[:, -ids.shape[1] :])
+        law = dict(past_key_values=cache, use_cache=True, logits_to_keep=1)
+        logits = model(ids, **law, **(where if padded else {})).logits[:, -1, :vocab_size]
+        logp = torch.log_softmax(logits.float() / (temperature or 1.0), dim=-1)  # (b, V)
+        logp = nucleus(logp, top_p) if top_p < 1 else logp
+        token = inverse_cdf(logp.exp(), noise[row, t]) if temperature else logp.argmax(-1)  # (b,)
+        out.tokens[row, t], out.mask[row, t] = token, True
+        out.logprobs[row, t] = logp.gather(-1, token[:, None]).squeeze(-1)
+        stops = torch.isin(token, stop)
+        seen = torch.nn.functional.pad(seen, (0, 1), value=True)
+        if stops.any():
+            out.finished[row[stops]] = True
+            go = (~stops).nonzero().squeeze(1)
+            cache.batch_select_indices(go)
+            row, token, seen = row[go], token[go], seen[go]
+        if not len(row):
+            break
+        ids = token[:, None]
+    return dataclasses.replace(out, **{k: getattr(out, k)[:, : t + 1] for k in PER_TOKEN})
+
+
+def take(batch: Any, rows: Tensor) -> Any:
+    """Some rows of a Prompts or of a Rollout, in the order asked for."""
+
+    def pick(value: Any) -> Any:
+        tensor = isinstance(value, Tensor)
+        return value[rows.to(value.device)] if tensor else [value[i] for i in rows.tolist()]
+
+    return type(batch)(*map(pick, vars(batch).values()))
+
+
+def join(parts: list[Rollout]) -> Rollout:
+    """Rollouts on prompts of one width, one below the other, padded to the longest response."""
+    T = max(part.tokens.shape[1] for part in parts)
+    widen = [{k: torch.nn.functional.pad(getattr(part, k), (0, T - part.tokens.shape[1]))
+              for k in PER_TOKEN} for part in parts]  # fmt: skip
+    wide = [dataclasses.replace(part, **new) for part, new in zip(parts, widen, strict=True)]
+    return Rollout(*map(torch.cat, zip(*(vars(part).values() for part in wide), strict=True)))
+
+
+def continue_rollout(
+    model: Module, start: Rollout, depth: int, *, horizon: int, noise: Tensor, **law: Any
+) -> Rollout:
+    """Keep the first `depth` tokens of each response and let another model write the rest.
+
+    Rows that had stopped by then stay as they are.  noise (B, at least horizon): column t is for
+    token t; law: temperature, top_p, eos_ids, vocab_size as in `sample`; logprobs are of whoever
+    wrote the token.  With a teacher's start it gives teacher prefixes; with a student's, the
+    question what the teacher makes of them.
+    """
+    depth = min(depth, start.tokens.shape[1])
+    cut = {k: getattr(start, k)[:, :depth] for k in PER_TOKEN}
+    stopped = start.finished & ~start.mask[:, depth:].any(1)
+    kept = dataclasses.replace(start, **cut, finished=stopped)
+    stay, go = stopped.nonzero().squeeze(1), (~stopped).nonzero().squeeze(1)
+    if not len(go) or depth >= horizon:
+        return kept
+    head, noise = take(kept, go), noise[go.to(noise.device), depth:]
+    ids = torch.cat([head.prompt_ids, head.tokens], dim=1)
+    state = Prompts(ids, torch.cat([head.prompt_mask, head.mask], dim=1), [], [])
+    tail = sample(model, state, horizon=horizon - depth, noise=noise, **law)
+    whole = {k: torch.cat([getattr(head, k), getattr(tail, k)], dim=1) for k in PER_TOKEN}
+    head = dataclasses.replace(head, **whole, finished=tail.finished)
+    return take(join([head, take(kept, stay)]), torch.cat([go, stay]).argsort())
+
+
+def demonstrated(task: Task, prompts: Prompts, horizon: int) -> Rollout:
+    """The task's demonstrations as states, cut at the horizon; unsampled, so logprobs are nan."""
+    tokens, mask = task.demonstrations(prompts)
+    finished, logprobs = ~mask[:, horizon:].any(1), torch.full(mask.shape, torch.nan)
+    per_token = (x[:, :horizon] for x in (tokens, mask, logprobs))
+    return Rollout(prompts.ids, prompts.mask, *per_token, finished)
+
+
+# ------------------------------------------------------------------------------------------------
+# §3  Scores: both models on the same states
+# ------------------------------------------------------------------------------------------------
+
+
+def score(
+    model: Module, rollout: Rollout, *, temperature: float = 1.0, vocab_size: int | None = None
+) -> Tensor:
+    """Log-probs (B, T, V) of the model's whole law at every state: log softmax(z_t / temperature).
+
+    One forward pass; the law of token t is read off the logits at t - 1.  fp32 or wider, in nats;
+    where rollout.mask is false they mean nothing.  vocab_size: keep the first so many ids.
+    """
+    ids = torch.cat([rollout.prompt_ids, rollout.tokens], dim=1)[:, :-1]  # (B, P + T - 1)
+    seen = torch.cat([rollout.prompt_mask, rollout.mask], dim=1)[:, :-1]
+    where = dict(attention_mask=seen, position_ids=positions_of(seen))
+    padded = not bool(rollout.prompt_mask.all())  # padding on the right is harmless: causal
+    keep = dict(use_cache=False, logits_to_keep=rollout.tokens.shape[1])
+    logits = model(ids, **keep, **(where if padded else {})).logits[..., :vocab_size]  # (B, T, V)
+    wide = logits if logits.dtype == torch.float64 else logits.float()
+    return torch.log_softmax(wide / temperature, dim=-1)
+
+
+def score_tokens(model: Module, rollout: Rollout, **law: Any) -> Tensor:
+    """Log-probs (B, T) of the response's own tokens: `score`, with its arguments, read there."""
+    return of_tokens(score(model, rollout, **law), rollout.tokens)
+
+
+def of_tokens(logp: Tensor, tokens: Tensor) -> Tensor:
+    """(B, T, V) read at tokens (B, T) -> (B, T)."""
+    return logp.gather(-1, tokens[..., None]).squeeze(-1)
+
+
+# ------------------------------------------------------------------------------------------------
+# §4  Route A: differentiate a divergence between the two laws
+# ------------------------------------------------------------------------------------------------
+
+
+def reverse_kl(logp: Tensor, logq: Tensor) -> Tensor:
+    """KL(p||q) = sum_v p (log p - log q), student first: mode seeking.
+
+    logp, logq (..., V) in nats -> (...), at least 0.  Logit gradient p (l - K).
+    [paper 2605.11739; derived: the gradient]
+    """
+    return reduce(logp.exp() * (logp - logq), "... v -> ...", "sum")
+
+
+def forward_kl(logp: Tensor, logq: Tensor) -> Tensor:
+    """KL(q||p) = sum_v q (log q - log p), teacher first in the formula: mode covering.
+
+    logp, logq (..., V) in nats -> (...), at least 0.  Logit gradient p - q.  [derived]
+    """
+    return reduce(logq.exp() * (logq - logp), "... v -> ...", "sum")
+
+
+def jsd(logp: Tensor, logq: Tensor, beta: float) -> Tensor:
+    """GKD's generalised JSD: beta KL(q||m) + (1 - beta) KL(p||m), m = beta q + (1 - beta) p.
+
+    logp, logq (..., V) in nats -> (...), between 0 and -beta ln beta - (1 - beta) ln(1 - beta).
+    It vanishes at both ends: divided by beta it tends to forward_kl as beta -> 0, divided by
+    1 - beta to reverse_kl as beta -> 1.  So beta is no dial from one KL to the other, and the ends
+    are refused with a ValueError.  [secondary: GKD 2306.13649, TRL #3043; derived: the limits]
+    """
+    if not 0 < beta < 1:
+        use = "forward_kl" if beta <= 0 else "reverse_kl"
+        raise ValueError(f"beta = {beta}: must be in (0, 1), where the JSD is not 0; use {use}")
+    t = torch.tensor([1 - beta, beta], dtype=logp.dtype, device=logp.device).log()
+    logm = torch.logaddexp(logp + t[0], logq + t[1])  # mixes probabilities, not log-probs
+    to_teacher = logq.exp() * (logq - logm)
+    return reduce(
+        beta * to_teacher + (1 - beta) * logp.exp() * (logp - logm), "... v -> ...", "sum"
+    )
+
+
+def entropy(logp: Tensor) -> Tensor:
+    """H(p) = -sum_v p log p: logp (..., V) -> (...), nats, between 0 and log V.  [derived]"""
+    return -reduce(logp.exp() * logp, "... v -> ...", "sum")
+
+
+# ------------------------------------------------------------------------------------------------
+# §5  Route B: a policy gradient on the log-ratio
+# ------------------------------------------------------------------------------------------------
+
+
+def log_ratio_reward(logp_a: Tensor, logq_a: Tensor) -> Tensor:
+    """r = log q(a) - log p(a), detached: (B, T) -> (B, T), nats, any sign; its mean is -KL(p||q).
+
+    Detached, because A log p with a live A descends KL - H instead, whose optimum is sqrt(q)
+    renormalised.  [code tinker; derived]
+    """
+    return (logq_a - logp_a).detach()
+
+
+def leave_one_out(reward: Tensor, samples: int) -> Tensor:
+    """Reward minus the mean reward of the prompt's other samples: (B,) -> (B,).
+
+    Rows come prompt by prompt, `samples` (at least 2) each.  The baseline does not see its own
+    row, so the policy gradient stays unbiased.  [derived]
+    """
+    groups = rearrange(reward, "(prompt s) -> prompt s", s=samples)
+    others = (groups.sum(1, keepdim=True) - groups) / (samples - 1)
+    return rearrange(groups - others, "prompt s -> (prompt s)")
+
+
+def policy_gradient_loss(
+    logp_a: Tensor, advantage: Tensor, mask: Tensor,
+    behaviour_logp: Tensor | None = None, clip: float | None = None,
+) -> Tensor:  # fmt: skip
+    """Descend it to make tokens of positive advantage likelier; (B, T) -> (B, T), 0 where masked.
+
+        behaviour_logp None     -A log p(a)
+        behaviour_logp given    -min(ratio A, clipped ratio A), ratio = p(a) / exp(behaviour_logp)
+
+    The advantage is detached here; with A = log_ratio_reward the expected gradient is that of
+    reverse_kl at the visited states [derived, tested by enumeration].  behaviour_logp is the
+    trainer's own log-prob before the update, not the sampling engine's.  clip in (0, 1): the
+    ratio counts only within 1 - clip .. 1 + clip.  [code tinker; secondary: PPO]
+    Raises ValueError: clip without behaviour_logp, or shapes that would broadcast.
+    """
+    if not logp_a.shape == advantage.shape == mask.shape:
+        raise ValueError(
+            f"shapes differ: {logp_a.shape}, advantage {advantage.shape}, mask {mask.shape}"
+        )
+    if clip is not None and behaviour_logp is None:
+        raise ValueError("clip needs behaviour_logp: without it there is no ratio to clip")
+    advantage = advantage.detach()
+    if behaviour_logp is None:
+        gain = advantage * logp_a
+    else:
+        ratio = (logp_a - behaviour_logp.detach()).exp()
+        bounded = ratio if clip is None else ratio.clamp(1 - clip, 1 + clip)
+        gain = torch.minimum(ratio * advantage, bounded * advantage)
+    return torch.where(mask, -gain, 0.0)
+
+
+# ------------------------------------------------------------------------------------------------
+# §7  Aggregation: from (B, T) to one number
+# ------------------------------------------------------------------------------------------------
+
+
+def masked_mean(
+    x: Tensor, mask: Tensor, how: Literal["token", "sequence_sum", "sequence_mean"] = "token",
+    total: int | Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """One number from x (B, T) and mask (B, T); masked values may be anything, nan too.
+
+        token           sum m x / total                 every token counts the same
+        sequence_sum    sum_i (sum_t m x) / total       the sequence objective
+        sequence_mean   sum_i (sum_t m x / T_i) / total short responses weigh more per token
+
+    total: the number of tokens ("token") or of rows (else) of the whole batch.  Pass it when the
+    batch is split, so that the parts' gradients add up to the whole's [code: TRL #6006 was the
+    bug].  All masked: 0.  [derived]
+    """
+    x = torch.where(mask, x, 0.0)
+    if how == "token":
+        return x.sum() / max(1, mask.sum() if total is None else total)
+    if how == "sequence_mean":
+        x = x / mask.sum(1, keepdim=True).clamp(min=1)
+    elif how != "sequence_sum":
+        raise ValueError(f"how = {how!r}: must be token, sequence_sum or sequence_mean")
+    return x.sum() / max(1, len(x) if total is None else total)
+
+
+# ------------------------------------------------------------------------------------------------
+# §8  Horizons
+# ------------------------------------------------------------------------------------------------
+
+
+def horizon_at(step: int, config: Config, history: list[dict] | None = None) -> int:
+    """Tokens a rollout may have at this step (counted from 0), between 1 and config.max_tokens.
+
+    Config.horizon: an int is tokens, a float in (0, 1) a share of max_tokens, null the whole.
+    history: the rows of metrics.jsonl, for schedules that adapt.
+    """
+    if config.max_tokens is None:
+        raise InputError("max_tokens = null: set it (training takes the task's own)")
+    if config.horizon is None:
+        return config.max_tokens
+    tokens = (
+        config.horizon
+        if isinstance(config.horizon, int)
+        else round(config.horizon * config.max_tokens)
+    )
+    return max(1, min(tokens, config.max_tokens))
+
+
+# ------------------------------------------------------------------------------------------------
+# §12  Training: the step, the loop, evaluation, checkpoints, the files of a run
+# ------------------------------------------------------------------------------------------------
+
+VALIDATION_PROMPTS, EVALUATION_ROWS, SHOWN_SAMPLES = 256, 512, 4
+SELF_CHECK_LOSS, SELF_CHECK_GRADIENT = 1e-6, 1e-5
+DTYPES = dict(fp32=torch.float32, fp16=torch.float16, bf16=torch.bfloat16)
+
+
+@dataclass
+class World:
+    """What a run works with: both models, the tokenizer, the task, and what check_pair settled."""
+
+    student: Module
+    teacher: Module | None
+    tokenizer: Any
+    task: Task
+    law: dict[str, Any]  # eos_ids, vocab_size: what every `sample` of the run shares
+    autocast: torch.dtype | None  # of the student's passes; None: fp32
+
+    def precision(self) -> Any:
+        """The student's autocast context."""
+        on, kind = self.autocast is not None, self.student.device.type
+        return torch.autocast(kind, dtype=self.autocast or torch.bfloat16, enabled=on)
+
+
+@dataclass
+class Run:
+    """A finished run: its folder, config, result.json as a dict, and the trained student."""
+
+    dir: Path
+    config: Config
+    result: dict[str, Any]
+    model: Module
+
+
+def load_world(config: Config) -> World:
+    """Models, tokenizer and task of a config; InputError, before the slow parts where it can."""
+    cuda = torch.cuda.is_available() and config.device != "cpu"
+    if config.device == "cuda" and not cuda:
+        raise InputError("device = 'cuda': torch sees no GPU; use cpu or auto")
+    device = "cuda" if cuda else "cpu"
+    tokenizer = load_tokenizer(config.student)
+    task = load_task(config.task, tokenizer)
+    task.max_tokens = config.max_tokens or task.max_tokens
+    if config.feedback == "law" and task.law is None:
+        raise InputError(f"feedback = 'law': needs a task with an exact law, not {config.task!r}")
+    student, teacher = load_model(config.student, device=device, seed=config.seed), None
+    vocab_size, eos_ids = max(tokenizer.get_vocab().values()) + 1, eos_ids_of(student)
+    if config.teacher is not None:
+        teacher = load_model(config.teacher, "teacher", device=device)
+        vocab_size = check_pair(student, teacher, tokenizer, load_tokenizer(config.teacher))
+        eos_ids = sorted({*eos_ids, *eos_ids_of(teacher)})
+    bf16 = config.precision == "auto" and cuda and torch.cuda.is_bf16_supported()
+    autocast = torch.bfloat16 if bf16 or config.precision == "bf16" else None
+    law = dict(eos_ids=eos_ids, vocab_size=vocab_size)
+    return World(student, teacher, tokenizer, task, law, autocast)
+
+
+def step_prompts(config: Config, task: Task, step: int) -> Prompts:
+    """A step's prompts, each repeated samples_per_prompt times; they depend on seed and step."""
+    n = config.batch_size // config.samples_per_prompt
+    if config.prompt_pool is None:
+        prompts = task.prompts(n, "train", seed=f"{config.seed} {step}")
+    else:
+        pool = task.prompts(config.prompt_pool, "train", seed=config.seed)
+        g, size = keyed_generator(config.seed, "pool", step), len(pool.text)
+        rows = torch.cat([torch.randperm(size, generator=g) for _ in range(-(-n // size))])
+        prompts = take(pool, rows[:n])
+    return take(prompts, torch.arange(n).repeat_interleave(config.samples_per_prompt))
+
+
+def make_states(config: Config, world: World, prompts: Prompts, step: int, horizon: int) -> Rollout:
+    """The text a step learns from, by the student, the teacher, nobody (data), or mixed.
+
+    The noise, (batch_size, max_tokens) uniforms, depends on seed and step alone.  `mixed`: a row is
+    the student's with probability student_share, GKD's lambda (GKD tosses one coin for the batch
+    [secondary]; one for each row is ours, same expectation [reconstruction]).  teacher_prefix: the
+    teacher writes the first tokens, the student goes on.
+    """
+    g = keyed_generator(config.seed, "noise", step)
+    noise = torch.rand(config.batch_size, config.max_tokens, generator=g)
+    coin = torch.rand(config.batch_size, generator=g)
+    law = dict(temperature=config.temperature, **world.law)
+
+    def write(who: str, rows: Tensor) -> Rollout:
+        some, u, prefix = take(prompts, rows), noise[rows], min(config.teacher_prefix, horizon)
+        if who == "data":
+            rollout = demonstrated(world.task, some, horizon)
+            return Rollout(*(x.to(world.student.device) for x in vars(rollout).values()))
+        if who == "teacher":
+            return sample(world.teacher, some, horizon=horizon, noise=u, **law)
+        own = dict(horizon=horizon, noise=u, top_p=config.top_p, **law)
+        with world.precision():
+            if prefix == 0:
+                return sample(world.student, some, **own)
+            head = sample(world.teacher, some, horizon=prefix, noise=u, **law)
+            return continue_rollout(world.student, head, prefix, **own)
+
+    if config.states != "mixed":
+        return write(config.states, torch.arange(config.batch_size))
+    mine = coin < config.student_share
+    rows = {"student": mine.nonzero().squeeze(1), config.off_policy: (~mine).nonzero().squeeze(1)}
+    parts = [write(who, those) for who, those in rows.items() if len(those)]
+    return take(join(parts), torch.cat([*rows.values()]).argsort())
+
+
+def teacher_scores(config: Config, world: World, rollout: Rollout) -> Tensor | None:
+    """log q (B, T, V) at every state, no gradient: the teacher's, or the task's exact law."""
+    if config.feedback == "law":
+        return world.task.law(rollout)
+    if config.feedback != "teacher":
+        return None
+    with torch.no_grad():
+        law = dict(temperature=config.temperature, vocab_size=world.law["vocab_size"])
+        return score(world.teacher, rollout, **law)
+
+
+def student_scores(config: Config, world: World, rollout: Rollout) -> Tensor:
+    """log p (B, T, V) at every state, with gradient, in the run's precision."""
+    with world.precision():
+        law = dict(temperature=config.temperature, vocab_size=world.law["vocab_size"])
+        return score(world.student, rollout, **law)
+
+
+def token_loss(
+    c: Config, rollout: Rollout, logp: Tensor, logq: Tensor | None, reward: Tensor, before: Tensor
+) -> Tensor:
+    """Feedback to loss, (B, T): the one place where the routes part.
+
+    logp (B, T, V) with gradient; logq (B, T, V) where there is a teacher; reward (B,) of the
+    verifier less its baseline; before (B, T) the student's log p(a) before the first update.
+    """
+    logp_a = of_tokens(logp, rollout.tokens)
+    if c.feedback == "imitation":
+        return -logp_a
+    if c.route == "direct":
+        if c.divergence == "jsd":
+            return jsd(logp, logq, c.beta)
+        return {"reverse_kl": reverse_kl, "forward_kl": forward_kl}[c.divergence](logp, logq)
+    if c.feedback == "verifier":
+        advantage = reward[:, None].to(logp_a).expand_as(logp_a)
+    else:
+        advantage = log_ratio_reward(logp_a, of_tokens(logq, rollout.tokens))
+    behaviour = before if c.importance_ratio else None
+    return policy_gradient_loss(logp_a, advantage, rollout.mask, behaviour, c.clip)
+
+
+def verifier_reward(config: Config, right: Tensor) -> Tensor:
+    """1 for a right response, 0 for a wrong one, less the baseline: (B,) -> (B,)."""
+    loo = config.baseline == "leave_one_out"
+    return leave_one_out(right.float(), config.samples_per_prompt) if loo else right.float()
+
+
+def lr_at(step: int, config: Config) -> float:
+    """Linear warm-up over `warmup` steps; linear to 0 over the last `decay` share of the steps."""
+    up = (step + 1) / max(1, config.warmup)
+    down = (config.steps - step) / (config.decay * config.steps) if config.decay else 1.0
+    return config.lr * min(1.0, up, down)
+
+
+def stopwatch(seconds: Counter) -> Callable[[str], None]:
+    """A function lap(key) that adds the wall time since the last lap to seconds[key]."""
+    last = [time.perf_counter()]
+
+    def lap(key: str) -> None:
+        last.append(time.perf_counter())
+        seconds[key] += last[-1] - last.pop(0)
+
+    return lap
+
+
+def train_step(
+    config: Config, world: World, optimizer: AdamW, step: int, history: list[dict]
+) -> dict[str, Any]:
+    """One step, the survey's variables in order.  Returns the step's row of metrics.jsonl."""
+    sums, seconds, horizon = Counter(), Counter(), horizon_at(step, config, history)
+    lap, prompts = stopwatch(seconds), step_prompts(config, world.task, step)
+    rollout = make_states(config, world, prompts, step, horizon)  # STATES: who writes
+    right = world.task.verify(prompts, rollout)  # (B,)
+    reward = verifier_reward(config, right)
+    total = int(rollout.mask.sum()) if config.aggregation == "token" else len(right)
+    parts = torch.arange(len(right)).split(config.micro_batch or len(right))
+    before = {}  # part -> log p(a) before this rollout's first update
+    lap("sample_s")
+    for update in range(config.updates_per_rollout):
+        for i, rows in enumerate(parts):
+            part = take(rollout, rows)
+            logq = teacher_scores(config, world, part)  # SCORES: (b, T, V)
+            lap("score_s")
+            logp = student_scores(config, world, part)  # (b, T, V), with gradient
+            before.setdefault(i, of_tokens(logp, part.tokens).detach())
+            loss = token_loss(config, part, logp, logq, reward[rows], before[i])  # FEEDBACK, CREDIT
+            loss = masked_mean(loss, part.mask, config.aggregation, total)  # WEIGHTS
+            loss.backward()
+            add_diagnostics(sums, update, part, loss.item(), logp.detach(), logq)
+            lap("update_s")
+        update_student(config, world.student, optimizer, step, sums)  # UPDATE
+        lap("update_s")
+    return step_metrics(config, world, step, horizon, rollout, right, sums) | seconds
+
+
+def update_student(c: Config, student: Module, optimizer: AdamW, step: int, sums: Counter) -> None:
+    """Clip the gradient, take one AdamW step, and keep the gradient's norm before clipping.
+
+    TrainingStopped on a loss or gradient that is not finite, before the weights are touched.
+    """
+    norm = float(torch.nn.utils.clip_grad_norm_(student.parameters(), c.grad_clip))
+    if not math.isfinite(sums["loss"] + norm):
+        at = f"step {step + 1}: loss {sums['loss']}, gradient norm {norm}"
+        raise TrainingStopped(f"{at}: must be finite")
+    for group in optimizer.param_groups:
+        group["lr"] = lr_at(step, c)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    sums["grad_norm"] = norm
+
+
+@torch.no_grad()
+def add_diagnostics(
+    sums: Counter, update: int, rollout: Rollout, loss: float, logp: Tensor, logq: Tensor | None
+) -> None:
+    """Add this part's loss, and at the first update its sums over response tokens."""
+    sums["loss"] += loss
+    if update > 0:
+        return
+    values = {"entropy": entropy(logp)}
+    if logq is not None:
+        reward = log_ratio_reward(of_tokens(logp, rollout.tokens), of_tokens(logq, rollout.tokens))
+        values |= dict(kl=reverse_kl(logp, logq), teacher_entropy=entropy(logq), reward=reward)
+    for key, value in values.items():
+        sums[key] += float(torch.where(rollout.mask, value, 0.0).sum())
+
+
+def step_metrics(
+    c: Config, world: World, step: int, horizon: int, rollout: Rollout, right: Tensor, sums: Counter
+) -> dict[str, Any]:
+    """A row of metrics.jsonl but for what the loop adds; null where the run has no such value."""
+    tokens, device, updates = int(rollout.mask.sum()), world.student.device, c.updates_per_rollout
+    gpu, means = device.type == "cuda", ("kl", "reward", "entropy", "teacher_entropy")
+    peak = torch.cuda.max_memory_allocated(device) if gpu else peak_memory()
+    return dict(
+        step=step + 1, loss=sums["loss"] / updates, grad_norm=sums["grad_norm"], lr=lr_at(step, c),
+        **{key: sums[key] / max(1, tokens) if key in sums else None for key in means},
+        correct=float(right.float().mean()), length=tokens / len(right), horizon=horizon,
+        finished=float(rollout.finished.float().mean()),
+        tokens_sampled=int((rollout.mask & ~rollout.logprobs.isnan()).sum()),
+        tokens_scored=tokens * updates * (c.feedback == "teacher"),
+        tokens_trained=tokens * updates, memory_mb=peak / 2**20,
+    )  # fmt: skip
+
+
+def peak_memory() -> int:
+    """Largest resident memory of this process so far, in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def evaluate(
+    model: Module, task: Task, prompts: Prompts, *, greedy: bool = False,
+    rows: int = EVALUATION_ROWS, **law: Any,
+) -> dict[str, float]:  # fmt: skip
+    """Accuracy of one response a prompt, sampled at T = 1 (greedy: argmax), with Wilson's interval.
+
+    The noise is fixed by the prompts' order, so two models meet the same luck and a call repeats
+    exactly.  Returns accuracy, low, high (95%), n.  rows: prompts a batch; law: eos_ids,
+    vocab_size.
+    """
+    noise = torch.rand(len(prompts.text), task.max_tokens, generator=keyed_generator("evaluation"))
+    right, law = 0, dict(horizon=task.max_tokens, temperature=0.0 if greedy else 1.0, **law)
+    for part in torch.arange(len(noise)).split(rows):
+        some = take(prompts, part)
+        right += int(task.verify(some, sample(model, some, noise=noise[part], **law)).sum())
+    return wilson(right, len(noise))
+
+
+def wilson(right: int, n: int, z: float = 1.959964) -> dict[str, float]:
+    """Wilson's 95% interval of a share: accuracy, low, high, n.  [derived: score test inverted]"""
+    share, shrink = right / n, 1 + z * z / n
+    half = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n)) / shrink
+    centre = (share + z * z / (2 * n)) / shrink
+    low, high = max(0.0, min(share, centre - half)), min(1.0, max(share, centre + half))
+    return dict(accuracy=share, low=low, high=high, n=n)
+
+
+def final_evaluation(config: Config, world: World, model: Module) -> dict[str, float]:
+    """Accuracy on the held-out test prompts: sampled, with its interval; greedy beside it."""
+    prompts = world.task.prompts(config.eval_prompts, "test")
+    law = dict(rows=evaluation_rows(config), **world.law)
+    greedy = evaluate(model, world.task, prompts, greedy=True, **law)
+    return evaluate(model, world.task, prompts, **law) | dict(greedy=greedy["accuracy"])
+
+
+def evaluation_rows(config: Config) -> int:
+    """Prompts a batch when evaluating: sampling holds far less than training does."""
+    return min(EVALUATION_ROWS, 8 * (config.micro_batch or config.batch_size))
+
+
+def validate(config: Config, world: World, prompts: Prompts, file: Path) -> float:
+    """Sampled accuracy on validation prompts; `file` then shows a few of the responses."""
+    with world.precision():
+        law = dict(rows=evaluation_rows(config), **world.law)
+        accuracy = evaluate(world.student, world.task, prompts, **law)["accuracy"]
+        some = take(prompts, torch.arange(min(SHOWN_SAMPLES, len(prompts.text))))
+        noise = torch.rand(len(some.text), config.max_tokens, generator=keyed_generator("samples"))
+        shown = sample(world.student, some, horizon=config.max_tokens, noise=noise, **world.law)
+    texts, right = response_texts(world.tokenizer, shown), world.task.verify(some, shown).tolist()
+    rows = zip(some.text, texts, some.answer, right, strict=True)
+    write_atomically(file, "".join(
+        f"prompt    {prompt}\nresponse  {text}\nanswer    {answer} {'right' if ok else 'wrong'}\n\n"
+        for prompt, text, answer, ok in rows
+    ))  # fmt: skip
+    return accuracy
+
+
+def self_check(config: Config, world: World) -> str:
+    """Teacher == student: the direct loss and its gradient must vanish.  Returns a line to print.
+
+    Both are scored in fp32 on text that the student writes.  A wrong shift, mask, padding or dtype
+    shows here before it costs a run.  TrainingStopped when the loss exceeds 1e-6 nats a token or
+    the gradient's norm 1e-5.
+    """
+    twin = load_model(config.teacher, device=str(world.student.device), seed=config.seed)
+    prompts = world.task.prompts(min(8, config.batch_size), "validation", seed=config.seed)
+    noise = torch.rand(len(prompts.text), config.max_tokens, generator=keyed_generator("check"))
+    rollout = sample(world.student, prompts, horizon=config.max_tokens, noise=noise, **world.law)
+    law = dict(vocab_size=world.law["vocab_size"])
+    logp, logq = score(world.student, rollout, **law), score(twin, rollout, **law).detach()
+    loss = masked_mean(reverse_kl(logp, logq), rollout.mask)
+    loss.backward()
+    norm = float(torch.nn.utils.get_total_norm([p.grad for p in world.student.parameters()]))
+    world.student.zero_grad(set_to_none=True)
+    line = f"self-check, teacher == student: loss {loss.item():.1e}, gradient norm {norm:.1e}"
+    if abs(loss.item()) > SELF_CHECK_LOSS or norm > SELF_CHECK_GRADIENT:
+        raise TrainingStopped(f"{line}; allowed: {SELF_CHECK_LOSS:g}, {SELF_CHECK_GRADIENT:g}")
+    return f"{line}: fine"
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a text file so that a crash leaves the old one or the new one."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(text)
+    os.replace(part, path)
+
+
+def save_checkpoint(folder: Path, student: Module, optimizer: AdamW, state: dict) -> None:
+    """checkpoint/last.safetensors: weights, Adam's moments, and the rest as JSON in its metadata.
+
+    One file, written beside the old one and renamed over it: a crash leaves either of them whole.
+    """
+    file = checkpoint_of(folder)
+    file.parent.mkdir(exist_ok=True)
+    tensors = {f"student.{name}": p.detach() for name, p in student.named_parameters()}
+    for i, moments in optimizer.state_dict()["state"].items():
+        tensors |= {f"adam.{i}.{key}": value for key, value in moments.items()}
+    save_file(tensors, f"{file}.part", metadata={"state": json.dumps(state)})
+    os.replace(f"{file}.part", file)
+
+
+def checkpoint_of(folder: Path) -> Path:
+    """Where a run keeps its newest checkpoint."""
+    return folder / "checkpoint" / "last.safetensors"
+
+
+@torch.no_grad()
+def load_checkpoint(file: Path, student: Module, optimizer: AdamW) -> dict[str, Any]:
+    """Put a checkpoint's weights and moments in place; returns its state."""
+    moments: dict[int, dict[str, Tensor]] = {}
+    with safe_open(file, framework="pt") as saved:
+        for name, parameter in student.named_parameters():
+            parameter.copy_(saved.get_tensor(f"student.{name}"))
+        for name in saved.keys():
+            if name.startswith("adam."):
+                _, i, key = name.split(".")
+                moments.setdefault(int(i), {})[key] = saved.get_tensor(name)
+        optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})
+        return json.loads(saved.metadata()["state"])
+
+
+def new_folder(config: Config) -> Path:
+    """Where the run will be: runs/NAME, which must be free; a default name gets a number if not."""
+    base = Path(config.runs) / f"{config.method}-{Path(config.student).name}-seed{config.seed}"
+    if config.name is None:
+        numbered = (base.with_name(f"{base.name}-{i}") for i in itertools.count(2))
+        return next(f for f in itertools.chain([base], numbered) if not f.exists())
+    folder = Path(config.runs) / config.name
+    if folder.exists():
+        raise InputError(
+            f"name = {config.name!r}: {folder} exists; use another, or --resume {folder}"
+        )
+    return folder
+
+
+def read_rows(file: Path, last_step: int) -> list[dict]:
+    """The rows of metrics.jsonl up to a step; a last line that a crash cut short is dropped."""
+    text = file.read_text() if file.exists() else ""
+    rows = [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+    return [row for row in rows if row["step"] <= last_step]
+
+
+@contextmanager
+def postponed_interrupt() -> Any:
+    """The first Ctrl-C only fills the list yielded, so that a step can end; a second one acts."""
+    asked: list[int] = []
+
+    def note(number: int, frame: Any) -> None:
+        asked.append(number)
+        signal.signal(signal.SIGINT, usual)
+        print("\nstopping after this step; Ctrl-C again stops at once", file=sys.stderr)
+
+    usual = signal.signal(signal.SIGINT, note)
+    try:
+        yield asked
+    finally:
+        signal.signal(signal.SIGINT, usual)
+
+
+def train(config: Config, resume: str | Path | None = None) -> Run:
+    """Distil: evaluate, run `steps` steps, evaluate again, and write runs/NAME.
+
+    resume: the folder of a run that was cut off, with its own config (`resumable`).  On a CPU the
+    resumed metrics are bit-equal to an uninterrupted run's, times aside.
+    Raises InputError before anything is written; TrainingStopped for a loss that is not finite;
+    KeyboardInterrupt after Ctrl-C, with a checkpoint saved.
+    """
+    folder = Path(resume) if resume else new_folder(config)
+    world = load_world(config)
+    config = Config(**{**config.model_dump(), "max_tokens": world.task.max_tokens})
+    if config.teacher and find_folder(config.student) == find_folder(config.teacher):
+        print(self_check(config, world))
+    student, decay = world.student, config.weight_decay
+    optimizer = AdamW(student.parameters(), config.lr, (0.9, config.beta2), weight_decay=decay)
+    folder.mkdir(parents=True, exist_ok=bool(resume))
+    write_atomically(folder / "config.json", config.model_dump_json(indent=1))
+    if checkpoint_of(folder).exists():
+        state = load_checkpoint(checkpoint_of(folder), student, optimizer)
+    else:
+        before = final_evaluation(config, world, student)
+        teacher = world.teacher and final_evaluation(config, world, world.teacher)
+        tokens = dict(sampled=0, scored=0, trained=0)
+        state = dict(student_before=before, teacher=teacher, steps=0, stopped=None, seconds=0.0)
+        state |= dict(tokens=tokens, seed=config.seed, method=config.method)
+    history = read_rows(folder / "metrics.jsonl", state["steps"])
+    write_atomically(folder / "metrics.jsonl", "".join(json.dumps(r) + "\n" for r in history))
+    training_loop(config, world, optimizer, folder, state, history)
+    result = dict(student_after=final_evaluation(config, world, student), **state)
+    copy.deepcopy(student).to(DTYPES[config.save_dtype]).save_pretrained(folder / "model")
+    world.tokenizer.save_pretrained(folder / "model")
+    write_atomically(folder / "result.json", json.dumps(result, indent=1))
+    report(folder)
+    return Run(folder, config, result, student)
+
+
+def training_loop(
+    config: Config, world: World, optimizer: AdamW, folder: Path, state: dict, history: list[dict]
+) -> None:
+    """The steps that are left: metrics, validation, checkpoints.  Changes state and history."""
+    prompts = world.task.prompts(VALIDATION_PROMPTS, "validation") if config.eval_every else None
+    bar = tqdm(initial=state["steps"], total=config.steps, desc=config.method, disable=None)
+    with bar, postponed_interrupt() as asked, open(folder / "metrics.jsonl", "a") as log:
+        while state["steps"] < config.steps and not state["stopped"]:
+            start = time.perf_counter()
+            try:
+                row = train_step(config, world, optimizer, state["steps"], history)
+            except TrainingStopped as error:
+                good = checkpoint_of(folder) if checkpoint_of(folder).exists() else "none yet"
+                raise TrainingStopped(
+                    f"{error}; last good checkpoint: {good}; try a smaller --lr"
+                ) from None
+            step = state["steps"] = row["step"]
+            last, row["accuracy"] = step == config.steps, None
+            if prompts and (step % config.eval_every == 0 or last):
+                row["accuracy"] = validate(config, world, prompts, folder / "samples.txt")
+            for kind in state["tokens"]:  # from here on: since the start
+                state["tokens"][kind] += row[f"tokens_{kind}"]
+                row[f"tokens_{kind}"] = state["tokens"][kind]
+            row["step_s"] = time.perf_counter() - start
+            state["seconds"] += row["step_s"]
+            if config.stop_accuracy and (row["accuracy"] or 0.0) >= config.stop_accuracy:
+                state["stopped"] = f"validation accuracy {row['accuracy']:.3f}"
+            log.write(json.dumps(row) + "\n")
+            log.flush()
+            history.append(row)
+            bar.update()
+            bar.set_postfix({k: f"{row[k]:.3f}" for k in ("loss", "correct")})
+            due = config.checkpoint_every and step % config.checkpoint_every == 0
+            if due or asked or state["stopped"] or last:
+                save_checkpoint(folder, world.student, optimizer, state)
+            if asked:
+                at = f"stopped after step {step} of {config.steps}"
+                raise KeyboardInterrupt(f"{at}; go on with: python opd.py --resume {folder}")
+
+
+def report(run_dir: str | Path) -> dict[str, Any]:
+    """Write curve.png, report.md and report.json from a run's own files; returns the report's dict.
+
+    InputError when the folder is not a finished run.
+    """
+    folder = Path(run_dir)
+    try:
+        config = json.loads((folder / "config.json").read_text())
+        result = json.loads((folder / "result.json").read_text())
+    except FileNotFoundError as error:
+        name = Path(error.filename).name
+        raise InputError(f"run = {str(run_dir)!r}: must be a finished run; no {name}") from None
+    rows = read_rows(folder / "metrics.jsonl", result["steps"])
+    versions = dict(
+        python=platform.python_version(), torch=torch.__version__,
+        transformers=transformers.__version__,
+    )  # fmt: skip
+    card = dict(run=folder.name, config=config, result=result, versions=versions)
+    models = {who: result[who] for who in ("student_before", "student_after", "teacher")}
+    table = [
+        f"| {who.replace('_', ' ')} | {at['accuracy']:.3f} | {at['low']:.3f} to {at['high']:.3f} "
+        f"| {at['greedy']:.3f} | {at['n']} |" for who, at in models.items() if at
+    ]  # fmt: skip
+    tokens = ", ".join(f"{count:,} {kind}" for kind, count in result["tokens"].items())
+    early = f", stopped early: {result['stopped']}" if result["stopped"] else ""
+    write_atomically(folder / "report.md", "\n".join([
+        f"# {folder.name}\n",
+        f"{result['steps']} steps, {result['seconds']:.1f} s{early}; response tokens: {tokens}.\n",
+        "Accuracy on held-out test prompts: sampled at T = 1, 95% Wilson interval, greedy.\n",
+        "| model | sampled | interval | greedy | prompts |", "|---|---|---|---|---|", *table,
+        "\n![accuracy and distance to the teacher over steps](curve.png)\n",
+        "| field | value |", "|---|---|",
+        *(f"| {key} | {json.dumps(value)} |" for key, value in config.items()),
+        "\n" + ", ".join(f"{k} {v}" for k, v in versions.items()) + "\n",
+    ]))  # fmt: skip
+    write_atomically(folder / "report.json", json.dumps(card, indent=1))
+    draw_curve(rows, models, folder / "curve.png")
+    return card
+
+
+def draw_curve(rows: list[dict], models: dict[str, Any], path: Path) -> None:
+    """Two panels over steps: accuracy with its references, and the distance to the teacher."""
+    figure = Figure(figsize=(8, 3.2), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    left.plot([r["step"] for r in rows], [r["correct"] for r in rows], c="0.75", label="training")
+    seen = [(r["step"], r["accuracy"]) for r in rows if r["accuracy"] is not None]
+    left.plot(*zip(*seen, strict=True), "o-", label="validation") if seen else None
+    ends, styles = (0, len(rows), len(rows)), ("ks", "kD", "C1_")
+    for (who, at), x, style in zip(models.items(), ends, styles, strict=True):
+        if at:
+            spread = [[at["accuracy"] - at["low"]], [at["high"] - at["accuracy"]]]
+            label = f"test, {who.replace('_', ' ')}"
+            left.errorbar([x], [at["accuracy"]], spread, fmt=style, capsize=3, label=label)
+    left.set(xlabel="step", ylabel="accuracy, sampled", ylim=(0, 1.03), title="Does it learn?")
+    left.legend(fontsize=7, loc="lower right")
+    key, label = "loss", "loss"
+    if rows and rows[0]["kl"] is not None:
+        key, label = "kl", "reverse KL, nats per token"
+        right.set_yscale("log")
+    right.plot([r["step"] for r in rows], [r[key] for r in rows], "C2")
+    right.set(xlabel="step", ylabel=label, title="How far is it from its goal?")
+    figure.savefig(path, dpi=120)
+
+
+# ------------------------------------------------------------------------------------------------
+# §13  Command line
+# ------------------------------------------------------------------------------------------------
+
+
+def methods_table() -> str:
+    """METHODS as text: a line for each method with the fields that it sets."""
+    settings = {
+        m: ", ".join(f"{k}={v}" for k, v in fields.items()) for m, fields in METHODS.items()
+    }
+    return "\n".join(f"{name:<10} {fields}" for name, fields in settings.items())
+
+
+def parse_value(field: str, text: str) -> Any:
+    """A value from the command line: JSON where it parses, none as null; text fields stay text."""
+    if text.lower() in ("none", "null"):
+        return None
+    try:
+        is_text = Config.model_fields[field].annotation in (str, str | None)
+        return text if is_text else json.loads(text.lower())
+    except json.JSONDecodeError:
+        return text
+
+
+def command_line() -> argparse.ArgumentParser:
+    """The parser, made from Config's fields; its complaints are InputErrors."""
+    parser = argparse.ArgumentParser(
+        usage="python opd.py [CONFIG.json] [--field value ...] [--resume runs/NAME]\n"
+        "       python opd.py report RUN | methods",
+        description="On-policy distillation.  Without arguments: the main job, on a CPU.",
+        allow_abbrev=False,
+    )
+
+    def refuse(message: str) -> None:
+        raise InputError(message)
+
+    parser.error = refuse
+    parser.add_argument("words", nargs="*", metavar="CONFIG.json", help="a config or a command")
+    parser.add_argument("--resume", metavar="runs/NAME", help="go on with a run that was cut off")
+    for name, field in Config.model_fields.items():
+        names = [str(v) for v in get_args(field.annotation) if isinstance(v, str)]
+        text = f"{', '.join(names)}{': ' * bool(names)}{field.description} ({field.default})"
+        parser.add_argument(f"--{name}", metavar="", default=argparse.SUPPRESS, help=text)
+    return parser
+
+
+def resumable(folder: str) -> Config:
+    """The config of a run that can go on.  InputError: no such run, or it is finished."""
+    if not (Path(folder) / "config.json").exists():
+        raise InputError(f"resume = {folder!r}: must be a run's folder; no config.json there")
+    if (Path(folder) / "result.json").exists():
+        raise InputError(f"resume = {folder!r}: that run is finished; see {folder}/report.md")
+    return Config.load(Path(folder) / "config.json")
+
+
+def run_command(argv: list[str]) -> None:
+    """Do what the command line asks for."""
+    given = vars(command_line().parse_args(argv))
+    words, resume = given.pop("words"), given.pop("resume")
+    if words == ["methods"]:
+        print(methods_table())
+    elif len(words) == 2 and words[0] == "report":
+        report(words[1])
+        print(f"{words[1]}/report.md")
+    elif len(words) > 1 or (words and not words[0].endswith(".json")):
+        raise InputError(f"{' '.join(words)!r}: must be one CONFIG.json, `report RUN` or `methods`")
+    elif resume and (words or given):
+        raise InputError(f"resume = {resume!r}: takes no other argument; the run keeps its config")
+    else:
+        fields = {name: parse_value(name, text) for name, text in given.items()}
+        run = train(resumable(resume) if resume else Config.load(*words, **fields), resume)
+        print((run.dir / "report.md").read_text().partition("\n![")[0])
+        print(f"picture {run.dir}/curve.png, report {run.dir}/report.md, model {run.dir}/model")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The exit code: 0 done, 1 training stopped, 2 bad input, 130 interrupted."""
+    codes = {InputError: 2, TrainingStopped: 1, KeyboardInterrupt: 130}
+    try:
+        run_command(sys.argv[1:] if argv is None else argv)
+    except tuple(codes) as error:
+        print(f"opd.py: {error or 'interrupted'}", file=sys.stderr)
+        return codes[type(error)]
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
