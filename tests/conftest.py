@@ -1,0 +1,76 @@
+"""Shared pieces of the tests: the tiny world, small random models, and the notebook collector."""
+
+import os
+import sys
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny tensors: a second thread costs more than it gives
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is downloaded by the tests
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "notebooks")]
+import opd  # noqa: E402
+
+torch.set_num_threads(1)
+
+
+def pytest_addoption(parser):
+    parser.addoption("--slow", action="store_true", help="also run the tests marked slow")
+    parser.addoption("--notebooks", action="store_true", help="run the notebooks, nothing else")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: minutes, run with --slow")
+    config.addinivalue_line("markers", "notebook: executes a notebook, run with --notebooks")
+
+
+def pytest_collection_modifyitems(config, items):
+    for item in items:
+        notebook = item.get_closest_marker("notebook") is not None
+        if notebook != config.getoption("--notebooks"):
+            item.add_marker(pytest.mark.skip(reason="notebooks run with --notebooks, and alone"))
+        if item.get_closest_marker("slow") and not config.getoption("--slow"):
+            item.add_marker(pytest.mark.skip(reason="slow: run with --slow"))
+
+
+@pytest.fixture
+def run_dir(tmp_path, monkeypatch):
+    """An empty working directory: runs/ lands there, shipped models are found beside opd.py."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture(scope="session")
+def world():
+    """The default run's models, tokenizer and task.  Tests must not change the weights."""
+    return opd.load_world(opd.Config())
+
+
+def tiny_llama(vocab=23, seed=0, **settings):
+    """A random Llama whose laws are far from uniform."""
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=vocab, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=2, initializer_range=0.3, bos_token_id=1,
+        eos_token_id=2, pad_token_id=0, tie_word_embeddings=True, **settings,
+    )  # fmt: skip
+    return LlamaForCausalLM(config).eval()
+
+
+def random_prompts(lengths, vocab=23, seed=0):
+    """Left-padded random prompts of the given lengths."""
+    g = torch.Generator().manual_seed(seed)
+    rows = [torch.randint(3, vocab, (n,), generator=g).tolist() for n in lengths]
+    ids, mask = opd.pad(rows, left=True)
+    return opd.Prompts(ids, mask, ["" for _ in rows], ["" for _ in rows])
+
+
+def random_laws(vocab=6, rows=3, steps=4, seed=0):
+    """Log-probs (B, T, V) of two random laws, float64: student, teacher."""
+    g = torch.Generator().manual_seed(seed)
+    draw = lambda: torch.randn(rows, steps, vocab, generator=g, dtype=torch.float64)  # noqa: E731
+    return draw().log_softmax(-1), draw().log_softmax(-1)
