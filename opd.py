@@ -303,13 +303,13 @@ def load_model(
     return model.requires_grad_(role == "student").eval().to(device)
 
 
-def load_tokenizer(name_or_dir: str) -> Any:
-    """The tokenizer of a model folder or hub name.  InputError when there is none."""
+def load_tokenizer(name_or_dir: str, role: str = "student") -> Any:
+    """The tokenizer of a model folder or hub name; role names it in the InputError if none."""
     try:
         return AutoTokenizer.from_pretrained(find_folder(name_or_dir))
     except (OSError, ValueError) as error:
         why = str(error).strip().splitlines()[0]
-        raise InputError(f"{name_or_dir!r}: must be a model with a tokenizer ({why})") from None
+        raise InputError(f"{role} = {name_or_dir!r}: must have a tokenizer ({why})") from None
 
 
 def eos_ids_of(model: Module) -> list[int]:
@@ -1050,7 +1050,9 @@ def load_world(config: Config) -> World:
     vocab_size, eos_ids = max(tokenizer.get_vocab().values()) + 1, eos_ids_of(student)
     if config.teacher is not None:
         teacher = load_model(config.teacher, "teacher", device=device)
-        vocab_size = check_pair(student, teacher, tokenizer, load_tokenizer(config.teacher))
+        vocab_size = check_pair(
+            student, teacher, tokenizer, load_tokenizer(config.teacher, "teacher")
+        )
         eos_ids = sorted({*eos_ids, *eos_ids_of(teacher)})
     bf16 = config.precision == "auto" and cuda and torch.cuda.is_bf16_supported()
     autocast = torch.bfloat16 if bf16 or config.precision == "bf16" else None

@@ -4,7 +4,9 @@ import os
 import sys
 from pathlib import Path
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny tensors: a second thread costs more than it gives
+os.environ.setdefault(
+    "OMP_NUM_THREADS", "1"
+)  # tiny tensors: a second thread costs more than it gives
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is downloaded by the tests
 
 import pytest

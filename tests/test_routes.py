@@ -6,10 +6,11 @@ routes agree, (4) k1, k2, k3, (5) the missing detach, (6) JSD, (23) Monte Carlo.
 
 import math
 
-import opd
 import pytest
 import torch
 from conftest import random_laws
+
+import opd
 
 P = torch.tensor([0.7, 0.25, 0.05], dtype=torch.float64)
 Q = torch.tensor([0.2, 0.1, 0.7], dtype=torch.float64)
@@ -107,12 +108,18 @@ def test_jsd_ends_are_the_two_kls_only_after_rescaling():
     logp, logq = (law[0, 0] for law in random_laws(seed=4))
     small = 1e-6
     near_forward, near_reverse = opd.jsd(logp, logq, small), opd.jsd(logp, logq, 1 - small)
-    assert (near_forward / small).item() == pytest.approx(opd.forward_kl(logp, logq).item(), rel=1e-4)
-    assert (near_reverse / small).item() == pytest.approx(opd.reverse_kl(logp, logq).item(), rel=1e-4)
+    assert (near_forward / small).item() == pytest.approx(
+        opd.forward_kl(logp, logq).item(), rel=1e-4
+    )
+    assert (near_reverse / small).item() == pytest.approx(
+        opd.reverse_kl(logp, logq).item(), rel=1e-4
+    )
     assert max(near_forward, near_reverse) < 1e-4  # the loss itself vanishes at both ends
 
 
-@pytest.mark.parametrize("beta, use", [(0.0, "forward_kl"), (-1.0, "forward_kl"), (1.0, "reverse_kl")])
+@pytest.mark.parametrize(
+    "beta, use", [(0.0, "forward_kl"), (-1.0, "forward_kl"), (1.0, "reverse_kl")]
+)
 def test_jsd_refuses_its_ends_and_names_the_kl(beta, use):
     with pytest.raises(ValueError, match=use):
         opd.jsd(P.log(), Q.log(), beta)
@@ -132,7 +139,9 @@ def test_expected_policy_gradient_is_the_reverse_kl_gradient(seed):
             return opd.policy_gradient_loss(x[a], reward, torch.tensor(True))
 
         total += logp.exp()[a] * logit_gradient(loss, logp)
-    assert torch.allclose(total, logit_gradient(lambda x: opd.reverse_kl(x, logq), logp), atol=1e-12)
+    assert torch.allclose(
+        total, logit_gradient(lambda x: opd.reverse_kl(x, logq), logp), atol=1e-12
+    )
 
 
 def test_ratio_form_has_the_same_gradient_at_ratio_one():
@@ -193,7 +202,11 @@ def as_loss(k, logp, logq):
     return total
 
 
-KS = {"k1": lambda u: -u, "k2": lambda u: 0.5 * u**2, "k3": lambda u: u.exp() - 1 - u}  # u: log(q/p)
+KS = {
+    "k1": lambda u: -u,
+    "k2": lambda u: 0.5 * u**2,
+    "k3": lambda u: u.exp() - 1 - u,
+}  # u: log(q/p)
 
 
 def test_k1_as_loss_has_no_gradient_as_reward_is_the_reverse_kl(pair):
@@ -249,7 +262,9 @@ def test_without_detach_the_optimum_is_the_root_of_the_teacher():
     def undetached(logp):  # expected gradient of -A log p(a) with a live A
         total = torch.zeros_like(logp)
         for a in range(len(logp)):
-            total += logp.exp()[a] * logit_gradient(lambda x, a=a: -(Q.log()[a] - x[a]) * x[a], logp)
+            total += logp.exp()[a] * logit_gradient(
+                lambda x, a=a: -(Q.log()[a] - x[a]) * x[a], logp
+            )
         return total
 
     assert undetached(root.log()).abs().max() < 1e-12
@@ -283,7 +298,9 @@ def test_leave_one_out_is_unbiased_and_centres_each_prompt():
     advantage = opd.leave_one_out(reward, 4)
     assert torch.allclose(advantage[:4], torch.tensor([1.0, -1 / 3, -1 / 3, -1 / 3]))
     assert advantage[4:].abs().max() == 0
-    p = torch.tensor([0.3, 0.7], dtype=torch.float64)  # two samples of a two-armed prompt, enumerated
+    p = torch.tensor(
+        [0.3, 0.7], dtype=torch.float64
+    )  # two samples of a two-armed prompt, enumerated
     expected = torch.zeros(2, dtype=torch.float64)
     for a in range(2):
         for b in range(2):

@@ -1,9 +1,10 @@
 """§3 and §7: alignment, padding, masks, aggregation.  Numbers in brackets: the formula list."""
 
-import opd
 import pytest
 import torch
 from conftest import random_laws, random_prompts, tiny_llama
+
+import opd
 
 # (21) alignment
 

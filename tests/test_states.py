@@ -1,9 +1,10 @@
 """§2: sampling.  Against a re-forward, transformers' generate, other batch splits; EOS, horizon."""
 
-import opd
 import pytest
 import torch
 from conftest import random_laws, random_prompts, tiny_llama
+
+import opd
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +81,9 @@ def test_mask_ends_with_the_first_eos_and_the_horizon_adds_none(model):
     last = rollout.tokens.gather(1, lengths[:, None] - 1).squeeze(1)
     assert torch.isin(last[rollout.finished], torch.tensor([2, 7])).all()
     assert (is_eos.sum(1) == rollout.finished.long()).all()  # one EOS, the last token, or none
-    assert (~rollout.finished).any() and (lengths[~rollout.finished] == rollout.tokens.shape[1]).all()
+    assert (~rollout.finished).any() and (
+        lengths[~rollout.finished] == rollout.tokens.shape[1]
+    ).all()
 
 
 def test_pad_equal_to_eos_keeps_the_first_eos():
@@ -96,7 +99,9 @@ def test_vocab_size_keeps_padding_rows_of_the_embedding_unreachable(model):
     assert rollout.tokens.max() < 5
     with torch.no_grad():
         assert opd.score(model, rollout, vocab_size=5).exp().sum(-1).sub(1).abs().max() < 1e-5
-        assert (opd.score_tokens(model, rollout, vocab_size=5) - rollout.logprobs).abs().max() < 1e-5
+        assert (
+            opd.score_tokens(model, rollout, vocab_size=5) - rollout.logprobs
+        ).abs().max() < 1e-5
 
 
 # the law of one draw
@@ -137,7 +142,9 @@ def test_top_p_biases_the_score_function_by_exactly_the_cut():
 
 def test_top_p_sampling_reports_the_law_it_sampled_from(model):
     noise = noise_for(4, 8)
-    rollout = opd.sample(model, random_prompts([5] * 4), horizon=8, top_p=0.6, noise=noise, eos_ids=[])
+    rollout = opd.sample(
+        model, random_prompts([5] * 4), horizon=8, top_p=0.6, noise=noise, eos_ids=[]
+    )
     with torch.no_grad():
         law = opd.nucleus(opd.score(model, rollout), 0.6)
     assert (opd.of_tokens(law, rollout.tokens) - rollout.logprobs).abs().max() < 1e-4

@@ -1,0 +1,261 @@
+"""§0 and §13: precedence, joined methods, bad input, the command line; every field is alive."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+
+import opd
+
+# precedence
+
+
+def write(path, **fields):
+    path.write_text(json.dumps(fields))
+    return path
+
+
+def test_preset_then_file_then_override(tmp_path):
+    file = write(tmp_path / "c.json", method="gkd", beta=0.3, steps=7)
+    config = opd.Config.load(file, steps=9)
+    assert (config.divergence, config.beta, config.steps) == ("jsd", 0.3, 9)
+    assert opd.Config.load().divergence == "reverse_kl" and opd.Config.load().steps == 40
+    assert opd.Config.load(method="sft").feedback == "imitation"
+    assert opd.Config.load(method="sft", states="teacher").states == "teacher"
+
+
+def test_a_file_field_that_an_overriding_method_sets_is_an_error_naming_both(tmp_path):
+    file = write(tmp_path / "c.json", method="gkd", beta=0.3)
+    with pytest.raises(opd.InputError, match=r"states = 'student'.*method = 'sft'"):
+        opd.Config.load(write(tmp_path / "d.json", states="student"), method="sft")
+    assert opd.Config.load(file, method="gkd").beta == 0.3  # the same method overrides nothing
+    config = opd.Config.load(tmp_path / "d.json", method="sft", states="data")  # said twice: fine
+    assert config.states == "data"
+
+
+def test_joined_methods(monkeypatch):
+    monkeypatch.setitem(opd.METHODS, "short", dict(horizon=5))
+    config = opd.Config.load(method="opd+short")
+    assert config.route == "policy_gradient" and config.horizon == 5
+    with pytest.raises(opd.InputError, match="already set"):
+        opd.Config.load(method="opd+sft")
+
+
+def test_a_config_survives_its_own_json():
+    for method in opd.METHODS:
+        config = opd.Config.load(method=method)
+        assert opd.Config(**json.loads(config.model_dump_json())) == config
+
+
+def test_methods_set_known_fields_and_are_all_listed(capsys):
+    assert opd.main(["methods"]) == 0
+    printed = capsys.readouterr().out
+    for name, fields in opd.METHODS.items():
+        line = next(row for row in printed.splitlines() if row.split()[0] == name)
+        assert fields.keys() <= opd.Config.model_fields.keys()
+        assert all(f"{field}={value}" in line for field, value in fields.items())
+
+
+def test_every_field_has_a_documentation_and_none_is_a_dict():
+    fields = opd.Config.model_fields
+    assert len(fields) <= 70
+    for name, field in fields.items():
+        assert field.description and field.annotation is not dict, name
+
+
+# bad input: one line that names the field, the value, what is allowed; exit code 2; nothing written
+
+BAD = [
+    (["--stepz", "3"], "stepz"),
+    (["--steps", "-1"], "steps = -1: input should be greater than or equal to 0"),
+    (["--steps", "3.5"], "steps = 3.5"),
+    (["--steps", "many"], "steps = 'many'"),
+    (["--lr", "0"], "lr = 0: input should be greater than 0"),
+    (["--lr", "fast"], "lr = 'fast'"),
+    (["--batch_size", "0"], "batch_size = 0"),
+    (["--horizon", "0"], "horizon = 0"),
+    (["--horizon", "1.5"], "horizon = 1.5"),
+    (["--method", "magic"], "'magic' is not one of opd_full, opd, gkd"),
+    (["--method", "opd+sft"], "already set"),
+    (["--route", "sideways"], "route = 'sideways': input should be 'direct' or 'policy_gradient'"),
+    (["--divergence", "jsd", "--beta", "1.0"], "beta = 1.0: input should be less than 1"),
+    (["--temperature", "0"], "temperature = 0"),
+    (["--top_p", "1.2"], "top_p = 1.2"),
+    (["--method", "opd", "--top_p", "0.9"], "allow_top_p_bias"),
+    (["--method", "opd", "--states", "teacher"], "states = 'teacher'"),
+    (["--method", "opd", "--teacher_prefix", "4"], "teacher_prefix = 4"),
+    (["--states", "data", "--teacher_prefix", "4"], "teacher_prefix = 4"),
+    (["--clip", "0.2"], "importance_ratio"),
+    (["--importance_ratio", "true"], "route = 'policy_gradient'"),
+    (["--method", "reinforce", "--samples_per_prompt", "1"], "samples_per_prompt"),
+    (["--method", "reinforce", "--batch_size", "10"], "must divide batch_size 10"),
+    (["--feedback", "verifier"], "route = 'policy_gradient'"),
+    (["--micro_batch", "65"], "micro_batch = 65: must be at most batch_size = 64"),
+    (["--teacher", "none"], "teacher = null"),
+    (["--name", "../up"], "name = '../up'"),
+    (["--device", "tpu"], "device = 'tpu'"),
+    (["--seed", "-3"], "seed = -3"),
+    (["--stop_accuracy", "0.9", "--eval_every", "0"], "stop_accuracy = 0.9"),
+    (["--feedback", "law"], "feedback = 'law': needs a task with an exact law"),
+    (["--student", "no/such-model"], "student = 'no/such-model': must have a tokenizer"),
+    (
+        ["--teacher", "no/such-model"],
+        "teacher = 'no/such-model': must be a folder here, or a model",
+    ),
+    (["--teacher", "tiny_configs/models/synonym_teacher"], "token 3 is '0' for the student, '='"),
+    (["--task", "chess"], "task = 'chess': must be chain"),
+    (["--task", "chain/fast"], "task = 'chain/fast'"),
+    (["--task", "synonyms"], "no token"),
+    (["--task", "absent.jsonl"], "task = 'absent.jsonl': must be a readable text file"),
+    (["absent.json"], "config = 'absent.json'"),
+    (["one.json", "two.json"], "must be one CONFIG.json"),
+    (["dance"], "must be one CONFIG.json"),
+    (["report", "runs/none"], "must be a finished run"),
+    (["--resume", "runs/none"], "must be a run's folder"),
+    (["--resume", "runs/none", "--steps", "3"], "takes no other argument"),
+    (["--lr"], "expected one argument"),
+]
+
+
+@pytest.mark.parametrize("arguments, expected", BAD, ids=[" ".join(a) for a, _ in BAD])
+def test_bad_input(arguments, expected, run_dir, capsys):
+    assert opd.main(arguments) == 2
+    printed = capsys.readouterr()
+    assert printed.err.startswith("opd.py: ") and expected in printed.err
+    assert printed.err.count("\n") == 1 and printed.out == ""
+    assert list(run_dir.iterdir()) == []
+
+
+BROKEN_FILES = {
+    "not.json": ("{steps: 3", "not a readable JSON file"),
+    "list.json": ("[1]", "must be one JSON object"),
+    "unknown.json": ('{"step": 3}', "did you mean steps?"),
+    "typed.json": ('{"steps": "3"}', "steps = '3': input should be a valid integer"),
+    "bool.json": ('{"lr": true}', "lr = True"),
+    "rows.jsonl": (
+        '{"prompt": "<b> 1 ="}\n',
+        "line 1: must be a JSON object with prompt and answer",
+    ),
+    "split.jsonl": ('{"prompt": "1", "answer": 1, "split": "dev"}\n', "split only from train"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN_FILES)
+def test_broken_files(name, run_dir, capsys):
+    text, expected = BROKEN_FILES[name]
+    (run_dir / name).write_text(text)
+    assert opd.main(["--task", name] if name.endswith("l") else [name]) == 2
+    printed = capsys.readouterr().err
+    assert expected in printed
+    assert printed.count("\n") == 1 and not (run_dir / "runs").exists()
+
+
+def test_a_taken_name_is_refused_and_a_default_one_gets_a_number(run_dir, capsys):
+    (run_dir / "runs" / "mine").mkdir(parents=True)
+    assert opd.main(["--name", "mine"]) == 2
+    assert "name = 'mine': runs/mine exists" in capsys.readouterr().err
+    base = opd.new_folder(opd.Config())
+    base.mkdir()
+    assert opd.new_folder(opd.Config()).name == f"{base.name}-2"
+
+
+def test_a_gpu_that_is_not_there(capsys, run_dir):
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    assert opd.main(["--device", "cuda"]) == 2
+    assert "torch sees no GPU" in capsys.readouterr().err
+
+
+def test_exit_code_and_help_of_the_real_process(run_dir):
+    run = lambda *words: subprocess.run(  # noqa: E731
+        [sys.executable, str(ROOT / "opd.py"), *words], capture_output=True, text=True, timeout=120
+    )
+    wrong = run("--steps", "-1")
+    assert (wrong.returncode, wrong.stdout, wrong.stderr.count("\n")) == (2, "", 1)
+    shown = run("--help")
+    assert shown.returncode == 0 and all(f"--{f}" in shown.stdout for f in opd.Config.model_fields)
+
+
+# every field is alive: changing it changes the loss, the states, the schedule or the files
+
+BASE = dict(batch_size=8, steps=2, warmup=0, decay=0.0, eval_every=0, eval_prompts=8)
+ALIVE = {
+    "student": ("tiny_configs/models/student_novice", {}),
+    "teacher": ("tiny_configs/models/teacher_b", {}),
+    "task": ("chain/reordered", dict(method="sft", teacher=None)),
+    "method": ("kd", {}),
+    "states": ("teacher", {}),
+    "student_share": (0.1, dict(states="mixed")),
+    "off_policy": ("data", dict(states="mixed", task="chain/reordered")),
+    "teacher_prefix": (9, {}),
+    "batch_size": (9, {}),
+    "samples_per_prompt": (4, {}),
+    "prompt_pool": (3, {}),
+    "temperature": (1.3, {}),
+    "top_p": (0.5, {}),
+    "horizon": (4, {}),
+    "max_tokens": (5, {}),
+    "feedback": ("imitation", {}),
+    "route": ("policy_gradient", {}),
+    "divergence": ("forward_kl", {}),
+    "beta": (0.1, dict(divergence="jsd")),
+    "baseline": ("leave_one_out", dict(method="reinforce", baseline="none")),
+    "importance_ratio": (True, dict(route="policy_gradient")),
+    "clip": (0.01, dict(method="opd", updates_per_rollout=3, lr=1e-2)),
+    "aggregation": ("sequence_sum", {}),
+    "steps": (3, {}),
+    "updates_per_rollout": (2, {}),
+    "micro_batch": (4, {}),
+    "lr": (1e-3, {}),
+    "warmup": (20, {}),
+    "decay": (1.0, {}),
+    "beta2": (0.5, dict(steps=3)),
+    "weight_decay": (10.0, {}),
+    "grad_clip": (1e-6, {}),
+    "seed": (1, {}),
+}
+ELSEWHERE = {  # no effect on the loss by intention; each has its own test
+    "name": "test_a_taken_name_is_refused_and_a_default_one_gets_a_number",
+    "runs": "test_training.test_files_of_a_run",
+    "eval_every": "test_training.test_files_of_a_run",
+    "eval_prompts": "test_training.test_files_of_a_run",
+    "stop_accuracy": "test_training.test_stop_accuracy",
+    "checkpoint_every": "test_training.test_resume_after_sigkill",
+    "save_dtype": "test_training.test_saved_model_loads_in_its_dtype",
+    "device": "test_a_gpu_that_is_not_there",
+    "precision": "test_training.test_bf16_autocast_changes_the_scores",
+    "allow_top_p_bias": "test_bad_input",
+}
+
+
+def fingerprint(**fields):
+    """Losses, texts and weights after a few steps."""
+    config = opd.Config.load(**{**BASE, **fields})
+    world = opd.load_world(config)
+    config = opd.Config(**{**config.model_dump(), "max_tokens": world.task.max_tokens})
+    optimizer = torch.optim.AdamW(
+        world.student.parameters(), config.lr, (0.9, config.beta2), weight_decay=config.weight_decay
+    )
+    rows = [opd.train_step(config, world, optimizer, step, []) for step in range(config.steps)]
+    seen = [[r["loss"], r["tokens_trained"], r["lr"]] for r in rows]
+    weights = sum(p.double().abs().sum().item() for p in world.student.parameters())
+    return seen, weights
+
+
+def test_no_field_is_forgotten():
+    assert ALIVE.keys() | ELSEWHERE.keys() == opd.Config.model_fields.keys()
+
+
+@pytest.mark.parametrize("field", ALIVE)
+def test_field_is_alive(field):
+    value, context = ALIVE[field]
+    assert fingerprint(**{**context, field: value}) != fingerprint(**context)
+
+
+@pytest.mark.parametrize("method", opd.METHODS)
+def test_every_method_runs_two_steps_with_a_finite_loss(method):
+    seen, weights = fingerprint(method=method)
+    assert len(seen) == 2 and torch.isfinite(torch.tensor(seen)).all() and weights > 0

@@ -1,0 +1,359 @@
+"""§8, §12: the step, schedules, the loop, checkpoints, resume, self-check, the files of a run."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+
+import opd
+
+SMALL = dict(batch_size=8, eval_prompts=16, warmup=2, runs="runs")
+
+
+def rows_of(folder, timeless=True):
+    """metrics.jsonl, without the keys that hold seconds or memory."""
+    rows = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+    keep = lambda k: not (timeless and k.endswith(("_s", "_mb")))  # noqa: E731
+    return [{k: v for k, v in row.items() if keep(k)} for row in rows]
+
+
+def ready(**fields):
+    """Config, world and optimizer of a small run."""
+    config = opd.Config.load(**{**SMALL, **fields})
+    world = opd.load_world(config)
+    config = opd.Config(**{**config.model_dump(), "max_tokens": world.task.max_tokens})
+    return config, world, torch.optim.AdamW(world.student.parameters(), lr=config.lr)
+
+
+# the main job, in small: it learns
+
+
+def test_it_learns(run_dir):
+    run = opd.train(opd.Config.load(steps=12, decay=0.0, eval_prompts=128, eval_every=12))
+    before, after = run.result["student_before"], run.result["student_after"]
+    assert before["high"] < after["low"] and after["accuracy"] > 0.9
+    rows = rows_of(run.dir)
+    assert rows[-1]["kl"] < rows[0]["kl"] / 5
+
+
+# the step
+
+
+def test_micro_batches_give_the_same_gradient():
+    weights = []
+    for micro in (None, 3):
+        config, world, optimizer = ready(micro_batch=micro, warmup=0)
+        opd.train_step(config, world, optimizer, 0, [])
+        weights.append([p.detach().clone() for p in world.student.parameters()])
+        moments = [row["exp_avg"] for row in optimizer.state.values()]
+        weights[-1] += [m / config.lr for m in moments]
+    assert all((a - b).abs().max() < 1e-3 for a, b in zip(*weights, strict=True))
+    gradients = [w[len(w) // 2 :] for w in weights]
+    largest = max(g.abs().max() for g in gradients[0])
+    assert all((a - b).abs().max() < 1e-4 * largest for a, b in zip(*gradients, strict=True))
+
+
+def test_prompt_tokens_never_enter_the_loss():
+    config, world, _ = ready()
+    prompts = opd.step_prompts(config, world.task, 0)
+    rollout = opd.make_states(config, world, prompts, 0, 53)
+    logp = opd.student_scores(config, world, rollout)
+    assert logp.shape[:2] == rollout.tokens.shape
+    assert rollout.tokens.shape[1] <= 53 and rollout.prompt_ids.shape[1] == 19
+
+
+def test_teacher_scores_have_no_gradient_and_the_teacher_never_moves():
+    config, world, optimizer = ready()
+    before = [p.clone() for p in world.teacher.parameters()]
+    opd.train_step(config, world, optimizer, 0, [])
+    assert all(torch.equal(a, b) for a, b in zip(before, world.teacher.parameters(), strict=True))
+    assert all(p.grad is None for p in world.teacher.parameters())
+
+
+def test_noise_does_not_depend_on_the_horizon():
+    config, world, _ = ready()
+    prompts = opd.step_prompts(config, world.task, 3)
+    short, long = (opd.make_states(config, world, prompts, 3, h) for h in (5, 40))
+    assert torch.equal(short.tokens, long.tokens[:, :5])
+
+
+def test_prompt_pool_visits_each_prompt_once_a_pass():
+    config, world, _ = ready(prompt_pool=4)
+    texts = [opd.step_prompts(config, world.task, step).text for step in range(5)]
+    assert {t for row in texts for t in row} == set(texts[0]) and len(set(texts[0])) == 4
+    assert all(sorted(row[:4]) == sorted(row[4:]) for row in texts)
+
+
+def test_samples_per_prompt_are_neighbours():
+    config, world, _ = ready(method="reinforce")
+    texts = opd.step_prompts(config, world.task, 0).text
+    assert len(texts) == 8 and len(set(texts)) == 2 and texts[0] == texts[3] != texts[4]
+
+
+def test_learning_rate_schedule():
+    config = opd.Config(steps=20, warmup=4, decay=0.5, lr=1.0)
+    rates = [opd.lr_at(step, config) for step in range(20)]
+    assert rates[:4] == [0.25, 0.5, 0.75, 1.0] and rates[4:11] == [1.0] * 7
+    assert rates[11:] == pytest.approx([0.1 * k for k in range(9, 0, -1)])
+    flat = opd.Config(steps=20, warmup=0, decay=0.0, lr=1.0)
+    assert {opd.lr_at(step, flat) for step in range(20)} == {1.0}
+
+
+def test_horizon():
+    at = lambda **f: opd.horizon_at(0, opd.Config(**f))  # noqa: E731
+    assert at(max_tokens=50) == 50 and at(max_tokens=50, horizon=7) == 7
+    assert at(max_tokens=50, horizon=0.1) == 5 and at(max_tokens=50, horizon=0.001) == 1
+    assert at(max_tokens=50, horizon=80) == 50
+    with pytest.raises(opd.InputError, match="max_tokens"):
+        opd.horizon_at(0, opd.Config())
+
+
+def test_a_horizon_stops_sampling_and_scores_the_students_own_eos():
+    config, world, optimizer = ready(horizon=6, batch_size=32)
+    rollout = opd.make_states(config, world, opd.step_prompts(config, world.task, 0), 0, 6)
+    row = opd.train_step(config, world, optimizer, 0, [])
+    assert row["horizon"] == 6 and row["length"] <= 6 and 0 < row["finished"] < 1
+    ended = rollout.finished.nonzero()[0, 0]
+    assert rollout.tokens[ended][rollout.mask[ended]][-1] == 2  # EOS is a scored token
+    assert row["tokens_trained"] == int(rollout.mask.sum())
+
+
+def test_bf16_autocast_changes_the_scores():
+    scores = []
+    for precision in ("fp32", "bf16"):
+        config, world, _ = ready(precision=precision)
+        prompts = opd.step_prompts(config, world.task, 0)
+        rollout = opd.make_states(opd.Config(**{**config.model_dump(), "precision": "fp32"}),
+                                  world, prompts, 0, 20)  # fmt: skip
+        scores.append(opd.student_scores(config, world, rollout))
+        assert scores[-1].dtype == torch.float32
+    assert scores[0].shape != scores[1].shape or 0 < (scores[0] - scores[1]).abs().max() < 0.5
+
+
+# evaluation
+
+
+def test_wilson_against_known_values():
+    half = opd.wilson(50, 100)
+    assert (round(half["low"], 4), round(half["high"], 4)) == (0.4038, 0.5962)
+    assert opd.wilson(0, 10)["low"] == 0 and round(opd.wilson(0, 10)["high"], 4) == 0.2775
+    assert opd.wilson(10, 10)["high"] == 1
+
+
+def test_evaluation_repeats_and_does_not_depend_on_its_batches(world):
+    prompts = world.task.prompts(60, "test")
+    found = [opd.evaluate(world.student, world.task, prompts, rows=r) for r in (60, 60, 17)]
+    assert found[0] == found[1] == found[2]
+    greedy = opd.evaluate(world.student, world.task, prompts, greedy=True)
+    assert greedy != found[0]
+
+
+# the files of a run
+
+
+def test_files_of_a_run(run_dir):
+    config = opd.Config.load(**SMALL, steps=4, eval_every=2, name="mine")
+    run = opd.train(config)
+    assert run.dir == Path("runs/mine") and run.config.max_tokens == 53
+    files = {f.name for f in run.dir.iterdir()}
+    assert files == {
+        "config.json", "metrics.jsonl", "result.json", "curve.png", "samples.txt", "report.md",
+        "report.json", "checkpoint", "model",
+    }  # fmt: skip
+    result = json.loads((run.dir / "result.json").read_text())
+    assert result == run.result and result["steps"] == 4 and result["method"] == "opd_full"
+    for who in ("student_before", "student_after", "teacher"):
+        assert result[who].keys() == {"accuracy", "low", "high", "n", "greedy"}
+        assert result[who]["n"] == 16
+    rows = rows_of(run.dir, timeless=False)
+    assert [r["step"] for r in rows] == [1, 2, 3, 4]
+    assert [r["accuracy"] is not None for r in rows] == [False, True, False, True]
+    assert result["tokens"]["trained"] == rows[-1]["tokens_trained"] > rows[0]["tokens_trained"]
+    assert (run.dir / "curve.png").read_bytes()[:4] == b"\x89PNG"
+    assert opd.report(run.dir) == json.loads((run.dir / "report.json").read_text())
+    text = (run.dir / "report.md").read_text()
+    assert all(f"| {field} | " in text for field in opd.Config.model_fields)
+    assert "answer" in (run.dir / "samples.txt").read_text()
+    assert str(run_dir) not in text
+
+
+def test_saved_model_loads_in_its_dtype(run_dir):
+    from safetensors.torch import load_file
+    from transformers import AutoModelForCausalLM
+
+    run = opd.train(opd.Config.load(**SMALL, steps=1, eval_every=0, save_dtype="fp16"))
+    weights = load_file(run.dir / "model" / "model.safetensors")
+    assert {w.dtype for w in weights.values()} == {torch.float16}
+    again = AutoModelForCausalLM.from_pretrained(run.dir / "model", dtype=torch.float32)
+    for a, b in zip(again.parameters(), run.model.parameters(), strict=True):
+        assert (a - b).abs().max() < 1e-2
+    assert (
+        opd.load_tokenizer(str(run.dir / "model")).get_vocab()
+        == opd.load_tokenizer("tiny_configs/models/teacher").get_vocab()
+    )
+
+
+def test_stop_accuracy(run_dir):
+    config = opd.Config.load(**SMALL, steps=9, eval_every=3, stop_accuracy=0.01)
+    run = opd.train(config)
+    assert run.result["steps"] == 3 and "validation accuracy" in run.result["stopped"]
+
+
+def test_steps_zero_only_evaluates(run_dir):
+    run = opd.train(opd.Config.load(**SMALL, steps=0))
+    assert run.result["student_before"] == run.result["student_after"]
+    assert rows_of(run.dir) == [] and (run.dir / "report.md").exists()
+
+
+# self-check
+
+
+def test_self_check_passes_for_the_same_model_and_prints_one_line(run_dir, capsys):
+    same = "tiny_configs/models/student_muddled"
+    opd.train(opd.Config.load(**SMALL, steps=0, student=same, teacher=same))
+    line = capsys.readouterr().out.splitlines()[0]
+    assert line.startswith("self-check, teacher == student: loss") and line.endswith("fine")
+
+
+def test_self_check_notices_a_shift(run_dir, monkeypatch):
+    config, world, _ = ready(teacher="tiny_configs/models/student_hasty")
+    right = opd.score
+
+    def shifted(model, rollout, **law):  # the classic bug: the teacher's scores one token late
+        found = right(model, rollout, **law)
+        return found if model is world.student else found.roll(1, dims=1)
+
+    monkeypatch.setattr(opd, "score", shifted)
+    with pytest.raises(opd.TrainingStopped, match="allowed"):
+        opd.self_check(config, world)
+
+
+# a loss that is not finite
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_weights_change(run_dir, monkeypatch):
+    calls = []
+
+    def poisoned(logp, logq):
+        calls.append(1)
+        return opd.forward_kl(logp, logq) * (float("nan") if len(calls) > 8 else 1.0)
+
+    monkeypatch.setattr(opd, "reverse_kl", poisoned)
+    config = opd.Config.load(**SMALL, steps=9, eval_every=0, checkpoint_every=2, name="nan")
+    with pytest.raises(opd.TrainingStopped) as error:
+        opd.train(config)
+    assert "step 5: loss nan" in str(error.value)
+    assert "runs/nan/checkpoint/last.safetensors" in str(error.value)
+    with opd.safe_open("runs/nan/checkpoint/last.safetensors", framework="pt") as saved:
+        assert json.loads(saved.metadata()["state"])["steps"] == 4
+        assert all(torch.isfinite(saved.get_tensor(k)).all() for k in saved.keys())
+
+
+# resume
+
+
+def start(folder, *words):
+    """opd.py in a process of its own."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(ROOT / "opd.py"), *map(str, words)]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(
+        command, cwd=folder, env=environment, stdout=pipe, stderr=pipe, text=True
+    )
+
+
+RUN = ("--steps", 14, "--batch_size", 8, "--eval_prompts", 16, "--eval_every", 4,
+       "--checkpoint_every", 3)  # fmt: skip
+
+
+def wait_for_rows(folder, process, n):
+    file = folder / "metrics.jsonl"
+    for _ in range(6000):
+        if file.exists() and file.read_text().count("\n") >= n:
+            return
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.01)
+    raise AssertionError(f"no {n} rows after a minute")
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole")
+    process = start(folder, *RUN, "--name", "whole")
+    assert process.wait(120) == 0, process.stderr.read()
+    return folder / "runs" / "whole"
+
+
+def result_of(folder):
+    result = json.loads((folder / "result.json").read_text())
+    return {k: v for k, v in result.items() if k != "seconds"}
+
+
+def same_weights(a, b):
+    from safetensors.torch import load_file
+
+    first, second = (load_file(f / "model" / "model.safetensors") for f in (a, b))
+    return all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_resume_after_sigkill(uninterrupted, tmp_path):
+    """Killed twice at no particular moment; metrics, result and weights end bit-equal."""
+    killed = tmp_path / "runs" / "cut"
+    process = start(tmp_path, *RUN, "--name", "cut")
+    wait_for_rows(killed, process, 5)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    with open(killed / "metrics.jsonl", "a") as file:
+        file.write('{"step": 99, "lo')  # the kill may cut a line
+    (killed / "checkpoint" / "last.safetensors.part").write_bytes(b"half a checkpoint")
+    process = start(tmp_path, "--resume", "runs/cut")
+    wait_for_rows(killed, process, 9)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    process = start(tmp_path, "--resume", "runs/cut")
+    assert process.wait(120) == 0, process.stderr.read()
+    assert rows_of(killed) == rows_of(uninterrupted)
+    assert result_of(killed) == result_of(uninterrupted)
+    assert same_weights(killed, uninterrupted)
+
+
+def test_resume_before_the_first_checkpoint_starts_again(uninterrupted, tmp_path):
+    killed = tmp_path / "runs" / "early"
+    process = start(tmp_path, *RUN, "--name", "early")
+    wait_for_rows(killed, process, 1)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    for file in (killed / "checkpoint").glob("*"):
+        file.unlink()
+    process = start(tmp_path, "--resume", "runs/early")
+    assert process.wait(120) == 0, process.stderr.read()
+    assert rows_of(killed) == rows_of(uninterrupted)
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on(uninterrupted, tmp_path):
+    folder = tmp_path / "runs" / "stopped"
+    process = start(tmp_path, *RUN, "--name", "stopped")
+    wait_for_rows(folder, process, 4)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert "python opd.py --resume runs/stopped" in errors and "Traceback" not in errors
+    steps = len(rows_of(folder))
+    with opd.safe_open(folder / "checkpoint" / "last.safetensors", framework="pt") as saved:
+        assert json.loads(saved.metadata()["state"])["steps"] == steps
+    process = start(tmp_path, "--resume", "runs/stopped")
+    assert process.wait(120) == 0, process.stderr.read()
+    assert rows_of(folder) == rows_of(uninterrupted) and same_weights(folder, uninterrupted)
+
+
+def test_a_finished_run_is_not_resumed(uninterrupted, monkeypatch, capsys):
+    monkeypatch.chdir(uninterrupted.parent.parent)
+    assert opd.main(["--resume", "runs/whole"]) == 2
+    assert "that run is finished" in capsys.readouterr().err
