@@ -1173,9 +1173,7 @@ def stopwatch(seconds: Counter) -> Callable[[str], None]:
     return lap
 
 
-def train_step(
-    config: Config, world: World, optimizer: AdamW, step: int, history: list[dict]
-) -> dict[str, Any]:
+def train_step(config: Config, world: World, optimizer: AdamW, step: int, history: list) -> dict:
     """One step, the survey's variables in order.  Returns the step's row of metrics.jsonl."""
     sums, seconds, horizon = Counter(), Counter(), horizon_at(step, config, history)
     lap, prompts = stopwatch(seconds), step_prompts(config, world.task, step)
