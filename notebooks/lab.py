@@ -4,16 +4,30 @@ Pictures use colours that stay apart for colour-blind readers, and marks or line
 in grey.
 """
 
+import argparse
+import contextlib
 import html
+import io
+import itertools
+import json
+import math
+import multiprocessing
+import sys
+import tempfile
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from functools import partial
 from pathlib import Path
+from statistics import mean, stdev
 from typing import Any
 
 import matplotlib.pyplot as plt
 import torch
 from IPython.display import HTML
 from torch import Tensor
+from tqdm import tqdm
 
-import opd
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import opd  # noqa: E402
 
 BLUE, ORANGE, GREEN, PINK, GREY = "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#7F7F7F"
 
@@ -81,3 +95,185 @@ def mean_by_position(values: Tensor, mask: Tensor) -> Tensor:
     alive = mask.sum(0)
     total = torch.where(mask, values, 0.0).sum(0)
     return torch.where(alive > 0, total / alive.clamp(min=1), torch.nan)
+
+
+# ------------------------------------------------------------------------------------------------
+# Comparisons: learning rates on tuning seeds and validation prompts, results on fresh seeds
+# ------------------------------------------------------------------------------------------------
+
+TUNING_SEEDS = (100, 101)
+T_95 = (
+    12.706,
+    4.303,
+    3.182,
+    2.776,
+    2.571,
+    2.447,
+    2.365,
+    2.306,
+    2.262,
+)  # t quantiles, 1 to 9 d.o.f.
+
+
+def load_spec(path: str | Path) -> dict[str, Any]:
+    """A comparison: {"base": fields, "variants": name -> fields, "lr": grid}, all three needed.
+
+    A variant may carry its own "lr" grid.  InputError names what is missing or wrong.
+    """
+    try:
+        spec = json.loads(Path(path).read_text())
+        spec = {key: spec[key] for key in ("base", "variants", "lr")} | dict(about=spec["about"])
+    except (OSError, ValueError) as error:
+        raise opd.InputError(f"spec = {str(path)!r}: not a readable JSON file ({error})") from None
+    except (KeyError, TypeError) as error:
+        raise opd.InputError(
+            f"spec = {str(path)!r}: needs about, base, variants, lr; no {error}"
+        ) from None
+    for name in spec["variants"]:
+        for lr in grid_of(spec, name):
+            opd.Config.load(**fields_of(spec, name, lr, 0))
+    return spec
+
+
+def grid_of(spec: dict[str, Any], name: str) -> list[float]:
+    """The learning rates tried for a variant."""
+    return spec["variants"][name].get("lr", spec["lr"])
+
+
+def fields_of(spec: dict[str, Any], name: str, lr: float, seed: int) -> dict[str, Any]:
+    """The Config fields of one run."""
+    return {**spec["base"], **spec["variants"][name], "lr": lr, "seed": seed}
+
+
+def run_one(fields: dict[str, Any]) -> dict[str, Any]:
+    """One run: its fields, test accuracy, costs, and [step, tokens sampled, seconds, validation].
+
+    Seconds are those of the steps, without validation.
+    """
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+        run = opd.train(opd.Config.load(**fields, runs=folder))
+        rows = rows_of(run)
+    spent = itertools.accumulate(r["sample_s"] + r["score_s"] + r["update_s"] for r in rows)
+    curve = [
+        [r["step"], r["tokens_sampled"], round(s, 2), r["accuracy"]]
+        for r, s in zip(rows, spent, strict=True) if r["accuracy"] is not None
+    ]  # fmt: skip
+    before, after = run.result["student_before"], run.result["student_after"]
+    at_end = dict(accuracy=after["accuracy"], greedy=after["greedy"], before=before["accuracy"])
+    return dict(fields=fields, **at_end, tokens=run.result["tokens"], curve=curve)
+
+
+def results_file(path: str | Path) -> Path:
+    """Where a spec's per-seed results are: SPEC.results.json beside it."""
+    return Path(path).with_suffix(".results.json")
+
+
+def compare(path: str | Path, seeds: int = 5, workers: int = 2) -> dict[str, dict[str, Any]]:
+    """Run what is missing of a spec, keep every result beside it, and return variant -> summary.
+
+    Each variant gets the learning rate with the best final validation accuracy on two tuning seeds
+    (ties: the best mean over the curve), then `seeds` fresh seeds, evaluated on test prompts.
+    """
+    spec, file = load_spec(path), results_file(path)
+    names, done = list(spec["variants"]), json.loads(file.read_text()) if file.exists() else []
+
+    def found(fields: dict) -> dict | None:
+        return next((d for d in done if d["fields"] == fields), None)
+
+    def run(name_lr_seed: list[tuple]) -> None:
+        missing = [f for f in (fields_of(spec, *each) for each in name_lr_seed) if not found(f)]
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(workers, mp_context=context) as pool:
+            jobs = [pool.submit(run_one, fields) for fields in missing]
+            for job in tqdm(as_completed(jobs), total=len(jobs), desc=file.stem, disable=None):
+                done.append(job.result())
+                ordered = sorted(json.dumps(d, sort_keys=True) for d in done)
+                opd.write_atomically(file, "[\n" + ",\n".join(ordered) + "\n]\n")
+
+    def quality(name: str, lr: float) -> tuple[float, float]:
+        curves = [found(fields_of(spec, name, lr, seed))["curve"] for seed in TUNING_SEEDS]
+        return mean(c[-1][3] for c in curves), mean(row[3] for c in curves for row in c)
+
+    run([(n, lr, seed) for n in names for lr in grid_of(spec, n) for seed in TUNING_SEEDS])
+    best = {n: max(grid_of(spec, n), key=partial(quality, n)) for n in names}
+    run([(n, best[n], seed) for n in names for seed in range(seeds)])
+    runs = {n: [found(fields_of(spec, n, best[n], seed)) for seed in range(seeds)] for n in names}
+    return {n: summary_of(runs[n], runs[names[0]], grid_of(spec, n)) for n in names}
+
+
+def summary_of(runs: list[dict], first: list[dict], grid: list[float]) -> dict[str, Any]:
+    """A variant's accuracy, its difference to the first variant seed by seed, and its costs."""
+    lr, gaps = runs[0]["fields"]["lr"], zip(runs, first, strict=True)
+    return dict(
+        lr=lr, edge=len(grid) > 1 and lr in (min(grid), max(grid)), before=runs[0]["before"],
+        accuracy=interval([r["accuracy"] for r in runs]),
+        difference=interval([r["accuracy"] - f["accuracy"] for r, f in gaps]),
+        tokens=mean(r["tokens"]["sampled"] for r in runs), runs=runs,
+    )  # fmt: skip
+
+
+def interval(values: list[float]) -> tuple[float, float]:
+    """Mean and half-width of its 95% t-interval over seeds (nan for one seed)."""
+    n = len(values)
+    if n < 2:
+        return mean(values), math.nan
+    t = T_95[n - 2] if n - 2 < len(T_95) else 1.96
+    return mean(values), t * stdev(values) / math.sqrt(n)
+
+
+def markdown_table(summary: dict[str, dict[str, Any]]) -> str:
+    """The comparison as a table; * marks a learning rate at the edge of its grid."""
+    first = next(iter(summary))
+    rows = [
+        f"| variant | lr | accuracy | minus {first} | tokens sampled |",
+        "|---|---|---|---|---|",
+    ]
+    for name, s in summary.items():
+        (accuracy, half), (gap, gap_half) = s["accuracy"], s["difference"]
+        paired = "" if name == first else f"{gap:+.3f} ± {gap_half:.3f}"
+        rate = f"{s['lr']:g}{'*' * s['edge']}"
+        rows.append(
+            f"| {name} | {rate} | {accuracy:.3f} ± {half:.3f} | {paired} | {s['tokens']:,.0f} |"
+        )
+    return "\n".join(rows)
+
+
+def plot_comparison(summary: dict[str, dict[str, Any]], title: str) -> plt.Figure:
+    """Validation accuracy against steps, tokens sampled, seconds: mean and range over seeds."""
+    figure, axes = plt.subplots(1, 3, figsize=(10, 3), sharey=True)
+    labels = ("step", "response tokens sampled", "seconds of training")
+    for column, (axis, label) in enumerate(zip(axes, labels, strict=True)):
+        for name, s in summary.items():
+            curves = torch.tensor([r["curve"] for r in s["runs"]])  # (seeds, points, 4)
+            x, y = curves[..., column].mean(0), curves[..., 3]
+            (line,) = axis.plot(x, y.mean(0), label=name)
+            axis.fill_between(x, y.amin(0), y.amax(0), color=line.get_color(), alpha=0.15, lw=0)
+        axis.set(xlabel=label)
+    axes[0].set(ylabel="validation accuracy")
+    axes[0].legend(fontsize=7)
+    figure.suptitle(title)
+    return figure
+
+
+def main() -> int:
+    """`python notebooks/lab.py SPEC.json --seeds 5`: run what is missing, print, write SPEC.png."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("spec")
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--workers", type=int, default=2)
+    given = parser.parse_args()
+    try:
+        summary = compare(given.spec, given.seeds, given.workers)
+    except opd.InputError as error:
+        print(f"lab.py: {error}", file=sys.stderr)
+        return 2
+    style()
+    about = load_spec(given.spec)["about"]
+    print(f"{about}\n\n{markdown_table(summary)}")
+    plot_comparison(summary, about).savefig(Path(given.spec).with_suffix(".png"), dpi=110)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
