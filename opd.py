@@ -47,9 +47,10 @@ import time
 import warnings
 import zlib
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from decimal import Decimal
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -59,7 +60,7 @@ import transformers
 from einops import rearrange, reduce
 from matplotlib.figure import Figure
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import Module
@@ -89,10 +90,13 @@ def opt(default: Any, doc: str, **limits: Any) -> Any:
     return Field(default, description=doc, **limits)
 
 
+MANY = 2**20  # more rows or tokens than this are a slip of the keyboard
+
+
 class Config(BaseModel):
     """One run.  The groups are the survey's variables; unknown fields, wrong types are errors."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
     # models and task
     student: str = opt("tiny_configs/models/student_hasty", "folder or hub name")
@@ -104,13 +108,13 @@ class Config(BaseModel):
     student_share: float = opt(0.5, "mixed: rows the student writes, GKD's lambda", ge=0, le=1)
     off_policy: Literal["teacher", "data"] = opt("teacher", "mixed: who writes the other rows")
     teacher_prefix: int = opt(0, "tokens the teacher writes before the student goes on", ge=0)
-    batch_size: int = opt(64, "responses a step", ge=1)
+    batch_size: int = opt(64, "responses a step", ge=1, le=MANY)
     samples_per_prompt: int = opt(1, "responses to each prompt; divides batch_size", ge=1)
-    prompt_pool: int | None = opt(None, "distinct training prompts; null: no limit", ge=1)
-    temperature: float = opt(1.0, "of sampling and of both models' scores", gt=0)
+    prompt_pool: int | None = opt(None, "distinct training prompts; null: all", ge=1, le=MANY)
+    temperature: float = opt(1.0, "of sampling and of both models' scores", ge=0.01, le=100)
     top_p: float = opt(1.0, "nucleus of the student's sampling", gt=0, le=1)
     horizon: int | float | None = opt(None, "tokens, or a share of max_tokens; null: all")
-    max_tokens: int | None = opt(None, "longest response; null: the task's own", ge=1)
+    max_tokens: int | None = opt(None, "longest response; null: the task's", ge=1, le=MANY)
     # feedback and its route into an update
     feedback: Literal["teacher", "law", "verifier", "imitation"] = opt(
         "teacher", "teacher's scores, the task's exact law, right or wrong, or copy the text"
@@ -124,10 +128,10 @@ class Config(BaseModel):
     allow_top_p_bias: bool = opt(False, "accept route B's bias where top_p < 1")
     aggregation: Literal["token", "sequence_sum", "sequence_mean"] = opt("token", "mean over what")
     # update
-    steps: int = opt(40, "rollout batches", ge=0)
+    steps: int = opt(40, "rollout batches", ge=0, le=10**9)
     updates_per_rollout: int = opt(1, "optimizer steps on each rollout batch", ge=1, le=64)
     micro_batch: int | None = opt(None, "rows a backward pass; null: all", ge=1)
-    lr: float = opt(3e-4, "AdamW's peak learning rate", gt=0)
+    lr: float = opt(3e-4, "AdamW's peak learning rate", gt=0, le=10)
     warmup: int = opt(10, "steps of linear warm-up", ge=0)
     decay: float = opt(1.0, "last share of the steps, with linear decay to 0", ge=0, le=1)
     beta2: float = opt(0.98, "AdamW's second-moment decay", gt=0, lt=1)
@@ -138,7 +142,7 @@ class Config(BaseModel):
     name: str | None = opt(None, "folder under runs; null: made up", pattern=r"^[\w+-][\w.+-]*$")
     runs: str = opt("runs", "where runs are written")
     eval_every: int = opt(10, "steps between validations; 0: never", ge=0)
-    eval_prompts: int = opt(512, "held-out prompts of the final evaluation", ge=1)
+    eval_prompts: int = opt(512, "held-out prompts of the final evaluation", ge=1, le=MANY)
     stop_accuracy: float | None = opt(None, "stop when validation reaches it", gt=0, le=1)
     checkpoint_every: int = opt(20, "steps between checkpoints; 0: only at the end", ge=0)
     save_dtype: Literal["fp32", "fp16", "bf16"] = opt("fp32", "of the weights in model/")
@@ -272,6 +276,11 @@ def find_folder(name_or_dir: str) -> str:
     return name_or_dir
 
 
+def same_model(one: str, other: str) -> bool:
+    """Do two names mean the same folder or hub model?"""
+    return Path(find_folder(one)).resolve() == Path(find_folder(other)).resolve()
+
+
 def load_model(
     name_or_dir: str, role: str = "student", *, device: str = "cpu", seed: int = 0
 ) -> Module:
@@ -279,28 +288,39 @@ def load_model(
 
     The student is fp32 (AdamW in pure bf16 at lr 1e-6 moves nothing [secondary]) and takes
     gradients; the teacher is frozen, and on a GPU bf16, or fp16 where the GPU has no bf16.  Both
-    stay in eval mode: with dropout a score would differ from the law sampled from.  A folder that
-    has a config but no weights is initialised from `seed`.
-    Raises InputError: no such model, weights that are not safetensors, not a causal LM.
+    stay in eval mode: with dropout a score would differ from the law sampled from.  A student's
+    folder that has a config but no weights is initialised from `seed`.
+    Raises InputError: no such model, weights that are not safetensors, not a causal LM, or one
+    that changes its logits after the output layer (a soft cap, a scale).
     """
     folder, dtype = find_folder(name_or_dir), torch.float32
     if role == "teacher" and device != "cpu":
         dtype = torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
     files = os.listdir(folder) if os.path.isdir(folder) else ["of the hub.safetensors"]
     try:
-        if any(name.endswith((".safetensors", ".bin", ".pt", ".pth")) for name in files):
+        blank = not any(name.endswith((".safetensors", ".bin", ".pt", ".pth")) for name in files)
+        if role == "teacher" or not blank:
             model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True)
         else:
             with torch.random.fork_rng():
                 torch.manual_seed(seed)
-                blank = AutoConfig.from_pretrained(folder)
-                model = AutoModelForCausalLM.from_config(blank, dtype=dtype)
+                model = AutoModelForCausalLM.from_config(
+                    AutoConfig.from_pretrained(folder), dtype=dtype
+                )
     except (OSError, ValueError) as error:
         raise InputError(
             f"{role} = {name_or_dir!r}: must be a folder here, or a model on the Hugging Face hub, "
             f"with a causal LM in safetensors ({str(error).strip().splitlines()[0]})"
         ) from None
-    return model.requires_grad_(role == "student").eval().to(device)
+    model = model.requires_grad_(role == "student").eval().to(device)
+    with torch.no_grad():  # losses are computed from hidden states: nothing may stand in between
+        ids = torch.tensor([[1, 2]], device=device)
+        head = model.get_output_embeddings()(model.base_model(ids).last_hidden_state)
+        if not torch.allclose(head, model(ids).logits, atol=1e-2, rtol=1e-2):
+            raise InputError(
+                f"{role} = {name_or_dir!r}: must have logits that are its head's output"
+            )
+    return model
 
 
 def load_tokenizer(name_or_dir: str, role: str = "student") -> Any:
@@ -438,8 +458,8 @@ def response_texts(tokenizer: Any, rollout: "Rollout") -> list[str]:
 def load_task(name_or_jsonl: str, tokenizer: Any) -> Task:
     """A task by name, or from a JSONL file.  InputError for unknown names and broken files.
 
-    chain[/STYLE]    modular arithmetic; STYLE of the demonstrations: careful, reordered, terse,
-                     guess, or several joined by + (a prompt's hash then picks one)
+    chain[/STYLE]    modular arithmetic; STYLE of the demonstrations: careful, gaps, reordered,
+                     terse, guess, or several joined by + (a prompt's hash then picks one)
     synonyms         1,000 symbols, many of which say the same thing; synonyms/student: the law of
                      a student that has a wrong favourite
     FILE.jsonl       one {"prompt", "answer"} a line, optionally "response" and "split"
@@ -465,21 +485,24 @@ def need_words(task: str, tokenizer: Any, words: list[str]) -> None:
 
 # Chains: `<b> s op d op d ... =`, eight steps mod 7.  An early mistake spoils all that follows.
 CHAIN_MOD, CHAIN_STEPS, CHAIN_TOKENS = 7, 8, 53
-CHAIN_STYLES = {
-    "careful": lambda steps: [f"{s} {op} {d} = {r} ;" for s, op, d, r in steps],
-    "reordered": lambda steps: [f"{op} {d} {s} > {r} |" for s, op, d, r in steps],
-    "terse": lambda steps: [f"{r} ;" for _, _, _, r in steps],
-    "guess": lambda steps: [":"],  # no work at all, then the start value as the answer
+CHAIN_STYLES = {  # how a demonstration writes a step
+    "careful": "{s} {op} {d} = {r} ;",
+    "gaps": "{s} {op} {d} = {r} ;",  # careful, but 22 of 126 facts are unknown: random
+    "reordered": "{op} {d} {s} > {r} |",
+    "terse": "{r} ;",
+    "guess": None,  # no work at all: `:`, and the start value as the answer
 }
 
 
-def chain_steps(prompt: str) -> list[tuple[int, str, int, int]]:
-    """The worked steps (s, op, d, result) of a chain prompt."""
+def chain_steps(prompt: str, gaps: bool = False) -> list[dict[str, Any]]:
+    """The worked steps of a chain prompt, each s, op, d and result r; gaps: with unknown facts."""
     _, start, *rest = prompt.split()
     s, steps = int(start), []
     for op, d in zip(rest[0:-1:2], map(int, rest[1:-1:2]), strict=True):
         r = {"+": s + d, "-": s - d, "*": s * d}[op] % CHAIN_MOD
-        steps.append((s, op, d, r))
+        if gaps and zlib.crc32(f"fact {s} {op} {d}".encode()) % 5 == 0:
+            r = zlib.crc32(f"{len(steps)} {prompt}".encode()) % CHAIN_MOD
+        steps.append(dict(s=s, op=op, d=d, r=r))
         s = r
     return steps
 
@@ -491,14 +514,16 @@ def chain_task(name: str, styles: list[str], tokenizer: Any) -> Task:
     def make(rng: random.Random) -> tuple[str, str]:
         steps = (f"{rng.choice('+-*')} {rng.randrange(1, CHAIN_MOD)}" for _ in range(CHAIN_STEPS))
         text = " ".join(["<b>", str(rng.randrange(CHAIN_MOD)), *steps, "="])
-        return text, str(chain_steps(text)[-1][-1])
+        return text, str(chain_steps(text)[-1]["r"])
 
     def show(prompts: Prompts) -> tuple[Tensor, Tensor]:
         texts = []
-        for text, answer in zip(prompts.text, prompts.answer, strict=True):
+        for text in prompts.text:
             style = styles[zlib.crc32(f"style {text}".encode()) % len(styles)]
-            final = text.split()[1] if style == "guess" else answer
-            texts.append(" ".join([*CHAIN_STYLES[style](chain_steps(text)), "#", final, "<e>"]))
+            steps, written = chain_steps(text, gaps=style == "gaps"), CHAIN_STYLES[style]
+            work = [written.format(**step) for step in steps] if written else [":"]
+            final = steps[-1]["r"] if written else steps[0]["s"]
+            texts.append(" ".join([*work, "#", str(final), "<e>"]))
         return pad(tokenizer(texts, add_special_tokens=False)["input_ids"])
 
     def judge(prompt: str, response: str, answer: str) -> bool:
@@ -593,11 +618,12 @@ def jsonl_task(path: str, tokenizer: Any, max_tokens: int = 1024) -> Task:
     """Prompts and answers from a file; right means the response's last number is the answer's.
 
     With a chat template the prompt is one user turn, thinking off.  A row goes to the split that
-    it names, else to its hash's.  Raises InputError naming the file and the line.
+    it names, else to its hash's.  A prompt may stand in one row only, and either all rows have a
+    response or none has.  Raises InputError naming the file and the line.
     """
     file = Path(path) if Path(path).exists() else HERE / path
     rows: dict[str, list[tuple[str, str]]] = {split: [] for split in SPLITS}
-    responses: dict[str, str] = {}
+    responses: dict[str, str | None] = {}
     try:
         lines = file.read_text().splitlines()
     except (OSError, ValueError) as error:
@@ -605,21 +631,25 @@ def jsonl_task(path: str, tokenizer: Any, max_tokens: int = 1024) -> Task:
     for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line)
-            prompt, answer = str(row["prompt"]), str(row["answer"])
+            prompt, answer, response = row["prompt"], str(row["answer"]), row.get("response")
             split = rows[row.get("split") or split_of(prompt)]
-        except (ValueError, KeyError, TypeError, AttributeError):
+            if tokenizer.chat_template is not None:
+                prompt = tokenizer.apply_chat_template(
+                    [{"role": "user", "content": prompt}], tokenize=False,
+                    add_generation_prompt=True, enable_thinking=False,
+                )  # fmt: skip
+            usable = bool(tokenizer(prompt)["input_ids"]) and last_number(answer) is not None
+            usable = usable and prompt not in responses and isinstance(response, str | None)
+        except Exception:  # whatever a line can do to JSON, dict, template or tokenizer
+            usable = False
+        if not usable or (responses and (response is None) != (None in responses.values())):
             raise InputError(
-                f"task = {path!r}, line {number}: must be a JSON object with prompt and answer, "
-                f"and a split only from {', '.join(SPLITS)}"
-            ) from None
-        if tokenizer.chat_template is not None:
-            prompt = tokenizer.apply_chat_template(
-                [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True,
-                enable_thinking=False,
-            )  # fmt: skip
+                f"task = {path!r}, line {number}: must be a JSON object with a prompt that the "
+                "tokenizer can read and no other row has, an answer with a number, a response in "
+                f"all rows or in none, and a split, if any, from {', '.join(SPLITS)}"
+            )
         split.append((prompt, answer))
-        if "response" in row:
-            responses[prompt] = str(row["response"]) + (tokenizer.eos_token or "")
+        responses[prompt] = response and response + (tokenizer.eos_token or "")
 
     def draw(n: int, split: str, rng: random.Random) -> list[tuple[str, str]]:
         if not rows[split]:
@@ -628,8 +658,6 @@ def jsonl_task(path: str, tokenizer: Any, max_tokens: int = 1024) -> Task:
         return [p for _ in range(times) for p in rng.sample(rows[split], len(rows[split]))][:n]
 
     def show(prompts: Prompts) -> tuple[Tensor, Tensor]:
-        if missing := [text for text in prompts.text if text not in responses]:
-            raise InputError(f"task = {path!r}: no response for the prompt {missing[0][:60]!r}")
         texts = [responses[text] for text in prompts.text]
         return pad(tokenizer(texts, add_special_tokens=False)["input_ids"])
 
@@ -637,14 +665,22 @@ def jsonl_task(path: str, tokenizer: Any, max_tokens: int = 1024) -> Task:
         said = last_number(response)
         return said is not None and said == last_number(answer)
 
-    return Task(path, tokenizer, max_tokens, draw, judge, show if responses else None)
+    shown = None if None in responses.values() else show
+    return Task(path, tokenizer, max_tokens, draw, judge, shown)
 
 
-def last_number(text: str) -> float | None:
-    r"""The number in the last \boxed{}, else the last one after ####, else the last of all."""
-    boxed = re.findall(r"\\boxed\{([^}]*)\}", text)
-    found = re.findall(r"-?\d[\d,]*\.?\d*", boxed[-1] if boxed else text.rpartition("####")[2])
-    return float(found[-1].replace(",", "")) if found else None
+def last_number(text: str) -> Decimal | None:
+    r"""The number in the last \\boxed{}, else the last one after ####, else the last of all.
+
+    A box must hold a number and nothing else; a part of a fraction or of 1e5 is not a number.
+    """
+    if "\\boxed{" in text:
+        box = text.rpartition("\\boxed{")[2].partition("}")[0].strip(" $")
+        found = re.findall(r"^-?\d[\d,]*(?:\.\d+)?$", box)
+    else:
+        number = r"(?:(?<![\w.)])-)?(?<![\w/.])\d[\d,]*(?:\.\d+)?(?![\d/]|e\d)"
+        found = re.findall(number, text.rpartition("####")[2])
+    return Decimal(found[-1].replace(",", "")) if found else None
 
 
 # ------------------------------------------------------------------------------------------------
@@ -817,22 +853,32 @@ def demonstrated(task: Task, prompts: Prompts, horizon: int) -> Rollout:
 # ------------------------------------------------------------------------------------------------
 
 
-def score(
-    model: Module, rollout: Rollout, *, temperature: float = 1.0, vocab_size: int | None = None
-) -> Tensor:
-    """Log-probs (B, T, V) of the model's whole law at every state: log softmax(z_t / temperature).
-
-    One forward pass; the law of token t is read off the logits at t - 1.  fp32 or wider, in nats;
-    where rollout.mask is false they mean nothing.  vocab_size: keep the first so many ids.
-    """
+def hidden_states(model: Module, rollout: Rollout) -> Tensor:
+    """(B, T, D): the last layer's output at every state; the one for token t stands at t - 1."""
     ids = torch.cat([rollout.prompt_ids, rollout.tokens], dim=1)[:, :-1]  # (B, P + T - 1)
     seen = torch.cat([rollout.prompt_mask, rollout.mask], dim=1)[:, :-1]
     where = dict(attention_mask=seen, position_ids=positions_of(seen))
     padded = not bool(rollout.prompt_mask.all())  # padding on the right is harmless: causal
-    keep = dict(use_cache=False, logits_to_keep=rollout.tokens.shape[1])
-    logits = model(ids, **keep, **(where if padded else {})).logits[..., :vocab_size]  # (B, T, V)
+    out = model.base_model(ids, use_cache=False, **(where if padded else {}))
+    return out.last_hidden_state[:, -rollout.tokens.shape[1] :]
+
+
+def law_of(
+    model: Module, hidden: Tensor, *, temperature: float = 1.0, vocab_size: int | None = None
+) -> Tensor:
+    """Log-probs (..., V) of the next token from hidden states (..., D); fp32 or wider, in nats."""
+    logits = model.get_output_embeddings()(hidden)[..., :vocab_size]
     wide = logits if logits.dtype == torch.float64 else logits.float()
-    return torch.log_softmax(wide / temperature, dim=-1)
+    return torch.log_softmax(wide / temperature if temperature != 1 else wide, dim=-1)
+
+
+def score(model: Module, rollout: Rollout, **law: Any) -> Tensor:
+    """Log-probs (B, T, V) of the model's whole law at every state: log softmax(z_t / temperature).
+
+    One forward pass.  law: temperature (default 1), vocab_size (keep the first so many ids).  Where
+    rollout.mask is false the values mean nothing.
+    """
+    return law_of(model, hidden_states(model, rollout), **law)
 
 
 def score_tokens(model: Module, rollout: Rollout, **law: Any) -> Tensor:
@@ -926,9 +972,10 @@ def policy_gradient_loss(
         behaviour_logp given    -min(ratio A, clipped ratio A), ratio = p(a) / exp(behaviour_logp)
 
     The advantage is detached here; with A = log_ratio_reward the expected gradient is that of
-    reverse_kl at the visited states [derived, tested by enumeration].  behaviour_logp is the
-    trainer's own log-prob before the update, not the sampling engine's.  clip in (0, 1): the
-    ratio counts only within 1 - clip .. 1 + clip.  [code tinker; secondary: PPO]
+    reverse_kl at the visited states [derived, tested by enumeration].  clip in (0, 1): the ratio
+    counts only within 1 - clip .. 1 + clip [secondary: PPO].  behaviour_logp is the trainer's own
+    log-prob before the update; tinker's code uses the sampler's [code tinker], which mixes the
+    engines' mismatch into the ratio: ours is kept apart [reconstruction].
     Raises ValueError: clip without behaviour_logp, or shapes that would broadcast.
     """
     if not logp_a.shape == advantage.shape == mask.shape:
@@ -966,14 +1013,17 @@ def masked_mean(
     batch is split, so that the parts' gradients add up to the whole's [code: TRL #6006 was the
     bug].  All masked: 0.  [derived]
     """
-    x = torch.where(mask, x, 0.0)
-    if how == "token":
-        return x.sum() / max(1, mask.sum() if total is None else total)
-    if how == "sequence_mean":
-        x = x / mask.sum(1, keepdim=True).clamp(min=1)
-    elif how != "sequence_sum":
+    return (torch.where(mask, x, 0.0) * token_weights(mask, how, total)).sum()
+
+
+def token_weights(mask: Tensor, how: str = "token", total: int | Tensor | None = None) -> Tensor:
+    """The weight (B, T) of each token in `masked_mean`, with its arguments; 0 where masked."""
+    if how not in ("token", "sequence_sum", "sequence_mean"):
         raise ValueError(f"how = {how!r}: must be token, sequence_sum or sequence_mean")
-    return x.sum() / max(1, len(x) if total is None else total)
+    if total is None:
+        total = mask.sum() if how == "token" else len(mask)
+    lengths = mask.sum(1, keepdim=True).clamp(min=1) if how == "sequence_mean" else 1
+    return mask / (lengths * max(1, total))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1004,7 +1054,7 @@ def horizon_at(step: int, config: Config, history: list[dict] | None = None) -> 
 # ------------------------------------------------------------------------------------------------
 
 VALIDATION_PROMPTS, EVALUATION_ROWS, SHOWN_SAMPLES = 256, 512, 4
-SELF_CHECK_LOSS, SELF_CHECK_GRADIENT = 1e-6, 1e-5
+CHUNK = 2**22  # logits of the student held at once
 DTYPES = dict(fp32=torch.float32, fp16=torch.float16, bf16=torch.bfloat16)
 
 
@@ -1046,10 +1096,15 @@ def load_world(config: Config) -> World:
     task.max_tokens = config.max_tokens or task.max_tokens
     if config.feedback == "law" and task.law is None:
         raise InputError(f"feedback = 'law': needs a task with an exact law, not {config.task!r}")
+    for split in SPLITS if config.eval_every else ("train", "test"):
+        some = task.prompts(1, split)
+        if "data" in (config.states, config.states == "mixed" and config.off_policy):
+            task.demonstrations(some)
     student, teacher = load_model(config.student, device=device, seed=config.seed), None
     vocab_size, eos_ids = max(tokenizer.get_vocab().values()) + 1, eos_ids_of(student)
     if config.teacher is not None:
         teacher = load_model(config.teacher, "teacher", device=device)
+        teacher = teacher.float() if config.precision == "fp32" else teacher
         vocab_size = check_pair(
             student, teacher, tokenizer, load_tokenizer(config.teacher, "teacher")
         )
@@ -1108,33 +1163,50 @@ def make_states(config: Config, world: World, prompts: Prompts, step: int, horiz
     return take(join(parts), torch.cat([*rows.values()]).argsort())
 
 
-def teacher_scores(config: Config, world: World, rollout: Rollout) -> Tensor | None:
-    """log q (B, T, V) at every state, no gradient: the teacher's, or the task's exact law."""
-    if config.feedback == "law":
-        return world.task.law(rollout)
-    if config.feedback != "teacher":
-        return None
+def score_chunks(
+    config: Config, world: World, rollout: Rollout, rows: Tensor, lap: Callable[[str], None]
+) -> Iterator[tuple[tuple[Tensor, Tensor], Tensor, Tensor | None]]:
+    """Both models' laws at the response tokens of some rows, a chunk of n tokens at a time.
+
+    Yields at (row and column of each token), logp (n, V) with gradient, logq (n, V) or None.  The
+    caller calls backward on each chunk's loss, which frees the chunk; the gradient that has
+    gathered at the hidden states then goes on through the student's layers, once.  So no more than
+    one chunk of logits exists at a time, and loss and gradient are those of the whole.
+    """
+    part, vocab_size = take(rollout, rows), world.law["vocab_size"]
+    law = dict(temperature=config.temperature, vocab_size=vocab_size)
+    row, column = part.mask.nonzero(as_tuple=True)  # N tokens
+    teacher = exact = None
     with torch.no_grad():
-        law = dict(temperature=config.temperature, vocab_size=world.law["vocab_size"])
-        return score(world.teacher, rollout, **law)
-
-
-def student_scores(config: Config, world: World, rollout: Rollout) -> Tensor:
-    """log p (B, T, V) at every state, with gradient, in the run's precision."""
+        if config.feedback == "teacher":
+            teacher = hidden_states(world.teacher, part)[row, column]  # (N, D)
+        elif config.feedback == "law":
+            exact = world.task.law(part)[row, column]
+    lap("score_s")
     with world.precision():
-        law = dict(temperature=config.temperature, vocab_size=world.law["vocab_size"])
-        return score(world.student, rollout, **law)
+        whole = hidden_states(world.student, part)[row, column]
+    hidden = whole.detach().requires_grad_()
+    for n in torch.arange(len(row), device=row.device).split(max(1, CHUNK // vocab_size)):
+        lap("update_s")
+        with torch.no_grad():
+            logq = exact if exact is None else exact[n]
+            logq = logq if teacher is None else law_of(world.teacher, teacher[n], **law)
+        lap("score_s")
+        with world.precision():
+            logp = law_of(world.student, hidden[n], **law)
+        yield (rows.to(row.device)[row[n]], column[n]), logp, logq
+    whole.backward(hidden.grad)
 
 
 def token_loss(
-    c: Config, rollout: Rollout, logp: Tensor, logq: Tensor | None, reward: Tensor, before: Tensor
+    c: Config, logp: Tensor, logq: Tensor | None, action: Tensor, reward: Tensor, before: Tensor
 ) -> Tensor:
-    """Feedback to loss, (B, T): the one place where the routes part.
+    """Feedback to loss for n tokens, (n,): the one place where the routes part.
 
-    logp (B, T, V) with gradient; logq (B, T, V) where there is a teacher; reward (B,) of the
-    verifier less its baseline; before (B, T) the student's log p(a) before the first update.
+    logp (n, V) with gradient; logq (n, V) where there is a teacher; action (n,) the tokens written;
+    reward (n,) of the verifier less its baseline; before (n,) log p(a) before the first update.
     """
-    logp_a = of_tokens(logp, rollout.tokens)
+    logp_a = of_tokens(logp, action)
     if c.feedback == "imitation":
         return -logp_a
     if c.route == "direct":
@@ -1142,11 +1214,11 @@ def token_loss(
             return jsd(logp, logq, c.beta)
         return {"reverse_kl": reverse_kl, "forward_kl": forward_kl}[c.divergence](logp, logq)
     if c.feedback == "verifier":
-        advantage = reward[:, None].to(logp_a).expand_as(logp_a)
+        advantage = reward.to(logp_a)
     else:
-        advantage = log_ratio_reward(logp_a, of_tokens(logq, rollout.tokens))
-    behaviour = before if c.importance_ratio else None
-    return policy_gradient_loss(logp_a, advantage, rollout.mask, behaviour, c.clip)
+        advantage = log_ratio_reward(before, of_tokens(logq, action))
+    behaviour, valid = before if c.importance_ratio else None, torch.ones_like(action).bool()
+    return policy_gradient_loss(logp_a, advantage, valid, behaviour, c.clip)
 
 
 def verifier_reward(config: Config, right: Tensor) -> Tensor:
@@ -1156,9 +1228,11 @@ def verifier_reward(config: Config, right: Tensor) -> Tensor:
 
 
 def lr_at(step: int, config: Config) -> float:
-    """Linear warm-up over `warmup` steps; linear to 0 over the last `decay` share of the steps."""
+    """Linear warm-up over `warmup` steps, then flat, then linear to 0 over the last `decay` share
+    of the steps (at most all that follow the warm-up, so the peak is reached)."""
     up = (step + 1) / max(1, config.warmup)
-    down = (config.steps - step) / (config.decay * config.steps) if config.decay else 1.0
+    falling = min(config.decay * config.steps, max(1, config.steps - config.warmup))
+    down = (config.steps - step) / falling if config.decay else 1.0
     return config.lr * min(1.0, up, down)
 
 
@@ -1179,23 +1253,20 @@ def train_step(config: Config, world: World, optimizer: AdamW, step: int, histor
     lap, prompts = stopwatch(seconds), step_prompts(config, world.task, step)
     rollout = make_states(config, world, prompts, step, horizon)  # STATES: who writes
     right = world.task.verify(prompts, rollout)  # (B,)
-    reward = verifier_reward(config, right)
-    total = int(rollout.mask.sum()) if config.aggregation == "token" else len(right)
-    parts = torch.arange(len(right)).split(config.micro_batch or len(right))
-    before = {}  # part -> log p(a) before this rollout's first update
+    reward = verifier_reward(config, right).to(rollout.tokens.device)  # (B,)  FEEDBACK
+    weight = token_weights(rollout.mask, config.aggregation)  # (B, T)
+    before = torch.zeros_like(weight)  # log p(a) before this rollout's first update
     lap("sample_s")
     for update in range(config.updates_per_rollout):
-        for i, rows in enumerate(parts):
-            part = take(rollout, rows)
-            logq = teacher_scores(config, world, part)  # SCORES: (b, T, V)
-            lap("score_s")
-            logp = student_scores(config, world, part)  # (b, T, V), with gradient
-            before.setdefault(i, of_tokens(logp, part.tokens).detach())
-            loss = token_loss(config, part, logp, logq, reward[rows], before[i])  # FEEDBACK, CREDIT
-            loss = masked_mean(loss, part.mask, config.aggregation, total)  # WEIGHTS
-            loss.backward()
-            add_diagnostics(sums, update, part, loss.item(), logp.detach(), logq)
-            lap("update_s")
+        for rows in torch.arange(len(right)).split(config.micro_batch or len(right)):
+            for at, logp, logq in score_chunks(config, world, rollout, rows, lap):  # SCORES (n, V)
+                action = rollout.tokens[at]  # (n,)
+                if update == 0:
+                    before[at] = of_tokens(logp, action).detach()
+                loss = token_loss(config, logp, logq, action, reward[at[0]], before[at])  # CREDIT
+                loss = (loss * weight[at]).sum()  # WEIGHTS
+                loss.backward()
+                add_diagnostics(sums, update, loss.item(), logp.detach(), logq, action)
         update_student(config, world.student, optimizer, step, sums)  # UPDATE
         lap("update_s")
     return step_metrics(config, world, step, horizon, rollout, right, sums) | seconds
@@ -1219,18 +1290,19 @@ def update_student(c: Config, student: Module, optimizer: AdamW, step: int, sums
 
 @torch.no_grad()
 def add_diagnostics(
-    sums: Counter, update: int, rollout: Rollout, loss: float, logp: Tensor, logq: Tensor | None
+    sums: Counter, update: int, loss: float, logp: Tensor, logq: Tensor | None, action: Tensor
 ) -> None:
-    """Add this part's loss, and at the first update its sums over response tokens."""
+    """Add a chunk's loss, and at the first update its sums over tokens: entropies, KL, reward."""
     sums["loss"] += loss
     if update > 0:
         return
-    values = {"entropy": entropy(logp)}
+    p, dot = logp.exp(), torch.linalg.vecdot
+    sums["entropy"] -= float(dot(p, logp).sum())
     if logq is not None:
-        reward = log_ratio_reward(of_tokens(logp, rollout.tokens), of_tokens(logq, rollout.tokens))
-        values |= dict(kl=reverse_kl(logp, logq), teacher_entropy=entropy(logq), reward=reward)
-    for key, value in values.items():
-        sums[key] += float(torch.where(rollout.mask, value, 0.0).sum())
+        reward = log_ratio_reward(of_tokens(logp, action), of_tokens(logq, action))
+        sums["kl"] += float(dot(p, logp - logq).sum())
+        sums["teacher_entropy"] -= float(dot(logq.exp(), logq).sum())
+        sums["reward"] += float(reward.sum())
 
 
 def step_metrics(
@@ -1288,8 +1360,9 @@ def final_evaluation(config: Config, world: World, model: Module) -> dict[str, f
     """Accuracy on the held-out test prompts: sampled, with its interval; greedy beside it."""
     prompts = world.task.prompts(config.eval_prompts, "test")
     law = dict(rows=evaluation_rows(config), **world.law)
-    greedy = evaluate(model, world.task, prompts, greedy=True, **law)
-    return evaluate(model, world.task, prompts, **law) | dict(greedy=greedy["accuracy"])
+    with world.precision():
+        greedy = evaluate(model, world.task, prompts, greedy=True, **law)["accuracy"]
+        return evaluate(model, world.task, prompts, **law) | dict(greedy=greedy)
 
 
 def evaluation_rows(config: Config) -> int:
@@ -1297,7 +1370,7 @@ def evaluation_rows(config: Config) -> int:
     return min(EVALUATION_ROWS, 8 * (config.micro_batch or config.batch_size))
 
 
-def validate(config: Config, world: World, prompts: Prompts, file: Path) -> float:
+def validate(config: Config, world: World, prompts: Prompts, step: int, file: Path) -> float:
     """Sampled accuracy on validation prompts; `file` then shows a few of the responses."""
     with world.precision():
         law = dict(rows=evaluation_rows(config), **world.law)
@@ -1307,7 +1380,8 @@ def validate(config: Config, world: World, prompts: Prompts, file: Path) -> floa
         shown = sample(world.student, some, horizon=config.max_tokens, noise=noise, **world.law)
     texts, right = response_texts(world.tokenizer, shown), world.task.verify(some, shown).tolist()
     rows = zip(some.text, texts, some.answer, right, strict=True)
-    write_atomically(file, "".join(
+    head = f"What the student writes after step {step}, on validation prompts\n\n"
+    write_atomically(file, head + "".join(
         f"prompt    {prompt}\nresponse  {text}\nanswer    {answer} {'right' if ok else 'wrong'}\n\n"
         for prompt, text, answer, ok in rows
     ))  # fmt: skip
@@ -1317,12 +1391,13 @@ def validate(config: Config, world: World, prompts: Prompts, file: Path) -> floa
 def self_check(config: Config, world: World) -> str:
     """Teacher == student: the direct loss and its gradient must vanish.  Returns a line to print.
 
-    Both are scored in fp32 on text that the student writes.  A wrong shift, mask, padding or dtype
-    shows here before it costs a run.  TrainingStopped when the loss exceeds 1e-6 nats a token or
-    the gradient's norm 1e-5.
+    Everything in fp32, on text that the student writes.  The scorer is held against the sampler
+    too: it read every token's log-prob one at a time, from the cache, so a wrong shift, mask or
+    position in either shows before it costs a run.  TrainingStopped when the loss exceeds 1e-6
+    nats a token, the gradient's norm 1e-5, or a token's log-prob differs by more than 1e-3.
     """
     twin = load_model(config.teacher, device=str(world.student.device), seed=config.seed)
-    prompts = world.task.prompts(min(8, config.batch_size), "validation", seed=config.seed)
+    prompts = world.task.prompts(min(8, config.batch_size), "train", seed=config.seed)
     noise = torch.rand(len(prompts.text), config.max_tokens, generator=keyed_generator("check"))
     rollout = sample(world.student, prompts, horizon=config.max_tokens, noise=noise, **world.law)
     law = dict(vocab_size=world.law["vocab_size"])
@@ -1331,10 +1406,11 @@ def self_check(config: Config, world: World) -> str:
     loss.backward()
     norm = float(torch.nn.utils.get_total_norm([p.grad for p in world.student.parameters()]))
     world.student.zero_grad(set_to_none=True)
-    line = f"self-check, teacher == student: loss {loss.item():.1e}, gradient norm {norm:.1e}"
-    if abs(loss.item()) > SELF_CHECK_LOSS or norm > SELF_CHECK_GRADIENT:
-        raise TrainingStopped(f"{line}; allowed: {SELF_CHECK_LOSS:g}, {SELF_CHECK_GRADIENT:g}")
-    return f"{line}: fine"
+    gap = (of_tokens(logq, rollout.tokens) - rollout.logprobs)[rollout.mask].abs().max().item()
+    found = f"loss {loss.item():.1e}, gradient norm {norm:.1e}, sampler against scorer {gap:.1e}"
+    if abs(loss.item()) > 1e-6 or norm > 1e-5 or gap > 1e-3:
+        raise TrainingStopped(f"self-check: {found}; allowed: 1e-6, 1e-5, 1e-3")
+    return f"self-check, teacher == student: {found}: fine"
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -1363,11 +1439,19 @@ def checkpoint_of(folder: Path) -> Path:
     return folder / "checkpoint" / "last.safetensors"
 
 
+def open_checkpoint(file: Path) -> Any:
+    """A safetensors file to read from.  InputError when it is damaged."""
+    try:
+        return safe_open(file, framework="pt")
+    except SafetensorError as error:
+        raise InputError(f"resume: {file} is damaged ({error}); start the run again") from None
+
+
 @torch.no_grad()
 def load_checkpoint(file: Path, student: Module, optimizer: AdamW) -> dict[str, Any]:
     """Put a checkpoint's weights and moments in place; returns its state."""
     moments: dict[int, dict[str, Tensor]] = {}
-    with safe_open(file, framework="pt") as saved:
+    with open_checkpoint(file) as saved:
         for name, parameter in student.named_parameters():
             parameter.copy_(saved.get_tensor(f"student.{name}"))
         for name in saved.keys():
@@ -1427,24 +1511,33 @@ def train(config: Config, resume: str | Path | None = None) -> Run:
     folder = Path(resume) if resume else new_folder(config)
     world = load_world(config)
     config = Config(**{**config.model_dump(), "max_tokens": world.task.max_tokens})
-    if config.teacher and find_folder(config.student) == find_folder(config.teacher):
+    if config.teacher and same_model(config.student, config.teacher):
         print(self_check(config, world))
     student, decay = world.student, config.weight_decay
     optimizer = AdamW(student.parameters(), config.lr, (0.9, config.beta2), weight_decay=decay)
-    folder.mkdir(parents=True, exist_ok=bool(resume))
-    write_atomically(folder / "config.json", config.model_dump_json(indent=1))
-    if checkpoint_of(folder).exists():
-        state = load_checkpoint(checkpoint_of(folder), student, optimizer)
-    else:
-        before = final_evaluation(config, world, student)
-        teacher = world.teacher and final_evaluation(config, world, world.teacher)
-        tokens = dict(sampled=0, scored=0, trained=0)
-        state = dict(student_before=before, teacher=teacher, steps=0, stopped=None, seconds=0.0)
-        state |= dict(tokens=tokens, seed=config.seed, method=config.method)
-    history = read_rows(folder / "metrics.jsonl", state["steps"])
-    write_atomically(folder / "metrics.jsonl", "".join(json.dumps(r) + "\n" for r in history))
-    training_loop(config, world, optimizer, folder, state, history)
-    result = dict(student_after=final_evaluation(config, world, student), **state)
+    try:
+        folder.mkdir(parents=True, exist_ok=bool(resume))
+        write_atomically(folder / "config.json", config.model_dump_json(indent=1))
+    except OSError as error:
+        raise InputError(
+            f"runs = {config.runs!r}: must be a folder to write in ({error})"
+        ) from None
+    state: dict[str, Any] = dict(steps=0)
+    try:
+        if checkpoint_of(folder).exists():
+            state = load_checkpoint(checkpoint_of(folder), student, optimizer)
+        else:
+            state["student_before"] = final_evaluation(config, world, student)
+            state["teacher"] = world.teacher and final_evaluation(config, world, world.teacher)
+            state |= dict(tokens=dict(sampled=0, scored=0, trained=0), seconds=0.0, stopped=None)
+            state |= dict(seed=config.seed, method=config.method)
+        history = read_rows(folder / "metrics.jsonl", state["steps"])
+        write_atomically(folder / "metrics.jsonl", "".join(json.dumps(r) + "\n" for r in history))
+        training_loop(config, world, optimizer, folder, state, history)
+        result = dict(student_after=final_evaluation(config, world, student), **state)
+    except KeyboardInterrupt:
+        at = f"stopped after step {state['steps']} of {config.steps}"
+        raise KeyboardInterrupt(f"{at}; go on with: python opd.py --resume {folder}") from None
     copy.deepcopy(student).to(DTYPES[config.save_dtype]).save_pretrained(folder / "model")
     world.tokenizer.save_pretrained(folder / "model")
     write_atomically(folder / "result.json", json.dumps(result, indent=1))
@@ -1471,7 +1564,7 @@ def training_loop(
             step = state["steps"] = row["step"]
             last, row["accuracy"] = step == config.steps, None
             if prompts and (step % config.eval_every == 0 or last):
-                row["accuracy"] = validate(config, world, prompts, folder / "samples.txt")
+                row["accuracy"] = validate(config, world, prompts, step, folder / "samples.txt")
             for kind in state["tokens"]:  # from here on: since the start
                 state["tokens"][kind] += row[f"tokens_{kind}"]
                 row[f"tokens_{kind}"] = state["tokens"][kind]
@@ -1488,8 +1581,7 @@ def training_loop(
             if due or asked or state["stopped"] or last:
                 save_checkpoint(folder, world.student, optimizer, state)
             if asked:
-                at = f"stopped after step {step} of {config.steps}"
-                raise KeyboardInterrupt(f"{at}; go on with: python opd.py --resume {folder}")
+                raise KeyboardInterrupt
 
 
 def report(run_dir: str | Path) -> dict[str, Any]:
@@ -1501,15 +1593,15 @@ def report(run_dir: str | Path) -> dict[str, Any]:
     try:
         config = json.loads((folder / "config.json").read_text())
         result = json.loads((folder / "result.json").read_text())
-    except FileNotFoundError as error:
-        name = Path(error.filename).name
-        raise InputError(f"run = {str(run_dir)!r}: must be a finished run; no {name}") from None
+    except (OSError, ValueError) as error:
+        raise InputError(f"run = {str(run_dir)!r}: must be a finished run ({error})") from None
     rows = read_rows(folder / "metrics.jsonl", result["steps"])
     versions = dict(
         python=platform.python_version(), torch=torch.__version__,
         transformers=transformers.__version__,
     )  # fmt: skip
     card = dict(run=folder.name, config=config, result=result, versions=versions)
+    defaults = {k: field.default for k, field in Config.model_fields.items()}
     models = {who: result[who] for who in ("student_before", "student_after", "teacher")}
     table = [
         f"| {who.replace('_', ' ')} | {at['accuracy']:.3f} | {at['low']:.3f} to {at['high']:.3f} "
@@ -1519,12 +1611,13 @@ def report(run_dir: str | Path) -> dict[str, Any]:
     early = f", stopped early: {result['stopped']}" if result["stopped"] else ""
     write_atomically(folder / "report.md", "\n".join([
         f"# {folder.name}\n",
-        f"{result['steps']} steps, {result['seconds']:.1f} s{early}; response tokens: {tokens}.\n",
+        f"{result['steps']} steps in {result['seconds']:.1f} s of training{early}.",
+        f"Response tokens: {tokens}.\n",
         "Accuracy on held-out test prompts: sampled at T = 1, 95% Wilson interval, greedy.\n",
         "| model | sampled | interval | greedy | prompts |", "|---|---|---|---|---|", *table,
         "\n![accuracy and distance to the teacher over steps](curve.png)\n",
-        "| field | value |", "|---|---|",
-        *(f"| {key} | {json.dumps(value)} |" for key, value in config.items()),
+        "| field | value | default |", "|---|---|---|",
+        *(f"| {k} | {json.dumps(v)} | {json.dumps(defaults[k])} |" for k, v in config.items()),
         "\n" + ", ".join(f"{k} {v}" for k, v in versions.items()) + "\n",
     ]))  # fmt: skip
     write_atomically(folder / "report.json", json.dumps(card, indent=1))
@@ -1536,23 +1629,25 @@ def draw_curve(rows: list[dict], models: dict[str, Any], path: Path) -> None:
     """Two panels over steps: accuracy with its references, and the distance to the teacher."""
     figure = Figure(figsize=(8, 3.2), layout="constrained")
     left, right = figure.subplots(1, 2)
-    left.plot([r["step"] for r in rows], [r["correct"] for r in rows], c="0.75", label="training")
-    seen = [(r["step"], r["accuracy"]) for r in rows if r["accuracy"] is not None]
-    left.plot(*zip(*seen, strict=True), "o-", label="validation") if seen else None
-    ends, styles = (0, len(rows), len(rows)), ("ks", "kD", "C1_")
-    for (who, at), x, style in zip(models.items(), ends, styles, strict=True):
-        if at:
-            spread = [[at["accuracy"] - at["low"]], [at["high"] - at["accuracy"]]]
-            label = f"test, {who.replace('_', ' ')}"
-            left.errorbar([x], [at["accuracy"]], spread, fmt=style, capsize=3, label=label)
-    left.set(xlabel="step", ylabel="accuracy, sampled", ylim=(0, 1.03), title="Does it learn?")
+    steps = [row["step"] for row in rows]
+    left.plot(steps, [row["correct"] for row in rows], "0.75", label="on training prompts")
+    seen = [row for row in rows if row["accuracy"] is not None]
+    accuracy = [row["accuracy"] for row in seen]
+    left.plot([row["step"] for row in seen], accuracy, "o-", label="on validation prompts")
+    for who, x, mark in (("student_before", 0, "s"), ("student_after", len(rows), "D")):
+        at = models[who]
+        spread = [[at["accuracy"] - at["low"]], [at["high"] - at["accuracy"]]]
+        label = f"test, {who.replace('_', ' ')}"
+        left.errorbar([x], [at["accuracy"]], spread, None, "k" + mark, capsize=3, label=label)
+    if models["teacher"]:
+        left.axhline(models["teacher"]["accuracy"], c="C1", ls="--", label="test, teacher")
+    left.set(xlabel="step", ylabel="accuracy, sampled", ylim=(0, 1.05), title="Does it learn?")
     left.legend(fontsize=7, loc="lower right")
-    key, label = "loss", "loss"
-    if rows and rows[0]["kl"] is not None:
-        key, label = "kl", "reverse KL, nats per token"
-        right.set_yscale("log")
-    right.plot([r["step"] for r in rows], [r[key] for r in rows], "C2")
-    right.set(xlabel="step", ylabel=label, title="How far is it from its goal?")
+    scored = bool(rows) and rows[0]["kl"] is not None
+    right.plot(steps, [row["kl" if scored else "loss"] for row in rows], "C2")
+    label = "KL(student || teacher), nats a token" if scored else "loss"
+    right.set(xlabel="step", yscale="log" if scored else "linear")
+    right.set_title(f"{label},\non each step's own text", fontsize=10)
     figure.savefig(path, dpi=120)
 
 
@@ -1637,7 +1732,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         run_command(sys.argv[1:] if argv is None else argv)
     except tuple(codes) as error:
-        print(f"opd.py: {error or 'interrupted'}", file=sys.stderr)
+        print(f"opd.py: {str(error) or 'interrupted'}", file=sys.stderr)
         return codes[type(error)]
     return 0
 

@@ -75,6 +75,12 @@ BAD = [
     (["--steps", "many"], "steps = 'many'"),
     (["--lr", "0"], "lr = 0: input should be greater than 0"),
     (["--lr", "fast"], "lr = 'fast'"),
+    (["--lr", "1e999"], "lr = inf: input should be a finite number"),
+    (["--lr", "NaN"], "lr = "),
+    (["--batch_size", "1000000000000"], "batch_size = 1000000000000: input should be less than"),
+    (["--max_tokens", "100000000000000"], "max_tokens = 100000000000000"),
+    (["--teacher", "tiny_configs/build/chain_d64"], "teacher = 'tiny_configs/build/chain_d64'"),
+    (["--runs", str(ROOT / "README.md")], "runs = "),
     (["--batch_size", "0"], "batch_size = 0"),
     (["--horizon", "0"], "horizon = 0"),
     (["--horizon", "1.5"], "horizon = 1.5"),
@@ -83,6 +89,7 @@ BAD = [
     (["--route", "sideways"], "route = 'sideways': input should be 'direct' or 'policy_gradient'"),
     (["--divergence", "jsd", "--beta", "1.0"], "beta = 1.0: input should be less than 1"),
     (["--temperature", "0"], "temperature = 0"),
+    (["--temperature", "1e-300"], "temperature = 1e-300"),
     (["--top_p", "1.2"], "top_p = 1.2"),
     (["--method", "opd", "--top_p", "0.9"], "allow_top_p_bias"),
     (["--method", "opd", "--states", "teacher"], "states = 'teacher'"),
@@ -137,9 +144,17 @@ BROKEN_FILES = {
     "bool.json": ('{"lr": true}', "lr = True"),
     "rows.jsonl": (
         '{"prompt": "<b> 1 ="}\n',
-        "line 1: must be a JSON object with prompt and answer",
+        "line 1: must be a JSON object with a prompt",
     ),
-    "split.jsonl": ('{"prompt": "1", "answer": 1, "split": "dev"}\n', "split only from train"),
+    "empty.jsonl": ("", "no row in split 'train'"),
+    "bare.jsonl": (
+        '{"prompt": "1", "answer": 1, "split": "train"}\n',
+        "no row in split 'validation'",
+    ),
+    "split.jsonl": (
+        '{"prompt": "1", "answer": 1, "split": "dev"}\n',
+        "a split, if any, from train",
+    ),
 }
 
 

@@ -47,6 +47,19 @@ def test_pickled_weights_are_refused(tmp_path):
         opd.load_model(str(tmp_path))
 
 
+def test_logits_that_are_changed_after_the_head_are_refused(tmp_path):
+    from transformers import Gemma2Config
+
+    Gemma2Config(
+        vocab_size=9, hidden_size=16, intermediate_size=16, num_hidden_layers=1, head_dim=8,
+        num_attention_heads=2, num_key_value_heads=2, final_logit_softcapping=0.05,
+        initializer_range=1.0,
+        architectures=["Gemma2ForCausalLM"],
+    ).save_pretrained(tmp_path)  # fmt: skip
+    with pytest.raises(opd.InputError, match="its head's output"):
+        opd.load_model(str(tmp_path))
+
+
 def resized(rows):
     model = opd.load_model("tiny_configs/models/teacher")
     model.resize_token_embeddings(rows, mean_resizing=False)
@@ -122,15 +135,30 @@ def as_rollout(task, prompts, texts):
 
 def test_chain_by_hand(world):
     steps = opd.chain_steps("<b> 3 + 4 * 5 - 6 =")
-    assert steps == [(3, "+", 4, 0), (0, "*", 5, 0), (0, "-", 6, 1)]
-    show = {name: " ".join(style(steps)) for name, style in opd.CHAIN_STYLES.items()}
-    assert show["careful"] == "3 + 4 = 0 ; 0 * 5 = 0 ; 0 - 6 = 1 ;"
+    assert [tuple(s.values()) for s in steps] == [(3, "+", 4, 0), (0, "*", 5, 0), (0, "-", 6, 1)]
+    show = {k: " ".join(v.format(**s) for s in steps) for k, v in opd.CHAIN_STYLES.items() if v}
+    assert show["careful"] == "3 + 4 = 0 ; 0 * 5 = 0 ; 0 - 6 = 1 ;" == show["gaps"]
     assert show["reordered"] == "+ 4 3 > 0 | * 5 0 > 0 | - 6 0 > 1 |"
-    assert show["terse"] == "0 ; 0 ; 1 ;" and show["guess"] == ":"
+    assert show["terse"] == "0 ; 0 ; 1 ;"
+
+
+def test_gaps_are_the_same_facts_everywhere_and_their_results_are_random(world):
+    wrong, right = {}, set()
+    for text in world.task.prompts(600).text:
+        for step in opd.chain_steps(text, gaps=True):
+            fact = (step["s"], step["op"], step["d"])
+            a = {"+": fact[0] + fact[2], "-": fact[0] - fact[2], "*": fact[0] * fact[2]}[
+                fact[1]
+            ] % 7
+            wrong.setdefault(fact, []).append(step["r"]) if step["r"] != a else right.add(fact)
+    assert len(wrong) == 22 and len(wrong.keys() | right) == 126
+    results = [r for row in wrong.values() for r in row]
+    assert all(len(row) > 5 for row in wrong.values()) and len(set(results)) == 7
 
 
 @pytest.mark.parametrize(
-    "style, right", [("careful", 1.0), ("reordered", 1.0), ("terse", 1.0), ("guess", 0.15)]
+    "style, right",
+    [("careful", 1.0), ("reordered", 1.0), ("terse", 1.0), ("guess", 0.15), ("gaps", 0.34)],
 )
 def test_demonstrations_verify(style, right, world):
     task = opd.load_task(f"chain/{style}", world.tokenizer)
@@ -240,10 +268,10 @@ def test_shipped_models_are_small():
 
 @pytest.mark.slow
 def test_the_quickest_build_reproduces_the_shipped_model(run_dir):
-    config = opd.Config.load(ROOT / "tiny_configs" / "build" / "student_novice.json")
-    run = opd.train(config)
-    shipped = opd.load_model(str(MODELS / "student_novice"))
-    built = opd.load_model(str(run.dir / "model"))
+    """The novice, from a folder without weights: about two minutes."""
+    for name in ("student_strong", "student_novice"):
+        run = opd.train(opd.Config.load(ROOT / "tiny_configs" / "build" / f"{name}.json"))
+    built, shipped = (opd.load_model(str(f)) for f in (run.dir / "model", MODELS / name))
     for a, b in zip(shipped.parameters(), built.parameters(), strict=True):
         assert (a - b).abs().max() < 2e-2
     assert 0.25 < run.result["student_after"]["accuracy"] < 0.4
@@ -265,6 +293,21 @@ def rows_file(path, n=40, **extra):
     rows = [{"prompt": f"{i % 7} + {i // 7} * 2", "answer": i % 7, **extra} for i in range(n)]
     path.write_text("\n".join(json.dumps(r) for r in rows))
     return str(path)
+
+
+@pytest.mark.parametrize(
+    "second",
+    [{"prompt": "1 + 1"}, {"prompt": None, "answer": 3}, {"prompt": "", "answer": 3},
+     {"prompt": "2 + 2", "answer": "three"}, {"prompt": "hello", "answer": 3}, 7, "text",
+     {"prompt": "1 + 1", "answer": 2}, {"prompt": "2", "answer": 1, "split": "dev"},
+     {"prompt": "2 + 2", "answer": 4, "response": "# 4"}, {"prompt": ["2"], "answer": 4}],
+    ids=str,
+)  # fmt: skip
+def test_jsonl_refuses_a_bad_line_by_its_number(second, tmp_path, world):
+    file = tmp_path / "t.jsonl"
+    file.write_text(json.dumps({"prompt": "1 + 1", "answer": 2}) + "\n" + json.dumps(second))
+    with pytest.raises(opd.InputError, match="line 2: must be a JSON object"):
+        opd.load_task(str(file), world.tokenizer)
 
 
 def test_jsonl_uses_the_chat_template_without_thinking(tmp_path):
@@ -300,7 +343,9 @@ def test_jsonl_responses_are_demonstrations(tmp_path):
 @pytest.mark.parametrize(
     "text, number",
     [("so 3 + 4 = 7.", 7), ("#### 1,234", 1234), (r"2 then \boxed{-5} then 9", -5), ("none", None),
-     ("it is 3.50 dollars", 3.5), ("12\n#### 18 apples", 18), ("$1,000,000", 1e6), ("x - 3", 3)],
+     ("it is 3.50 dollars", 3.5), ("12\n#### 18 apples", 18), ("$1,000,000", 1e6), ("x - 3", 3),
+     (r"\boxed{\frac{1}{2}}", None), ("3/4", None), ("1e5", None), ("10-4", 4), ("(-4)", -4),
+     ("9" * 400, int("9" * 400)), (r"\boxed{$1,250$}", 1250), ("5 km", 5)],
 )  # fmt: skip
 def test_last_number(text, number):
     assert opd.last_number(text) == number

@@ -60,13 +60,49 @@ def test_micro_batches_give_the_same_gradient():
     assert all((a - b).abs().max() < 1e-4 * largest for a, b in zip(*gradients, strict=True))
 
 
-def test_prompt_tokens_never_enter_the_loss():
-    config, world, _ = ready()
+def whole_loss(config, world, rollout):
+    """The step's loss from the full (B, T, V) laws, and its gradient: the plain way."""
+    law = dict(temperature=config.temperature, vocab_size=world.law["vocab_size"])
+    logp = opd.score(world.student, rollout, **law)
+    with torch.no_grad():
+        logq = opd.score(world.teacher, rollout, **law)
+    reward, before = torch.zeros(len(logp)), opd.of_tokens(logp, rollout.tokens).detach()
+    flat = lambda x: x.flatten(0, 1)  # noqa: E731
+    loss = opd.token_loss(
+        config, flat(logp), flat(logq), flat(rollout.tokens), reward, flat(before)
+    ).view_as(before)
+    loss = opd.masked_mean(loss, rollout.mask, config.aggregation)
+    loss.backward()
+    return loss.item(), [p.grad.clone() for p in world.student.parameters()]
+
+
+@pytest.mark.parametrize("chunk", [19, 400, 10**9])
+@pytest.mark.parametrize(
+    "fields",
+    [dict(), dict(divergence="forward_kl"), dict(divergence="jsd"), dict(method="opd"),
+     dict(aggregation="sequence_mean", temperature=1.3), dict(feedback="imitation")],
+    ids=str,
+)  # fmt: skip
+def test_chunks_give_the_loss_and_gradient_of_the_whole(fields, chunk, monkeypatch):
+    config, world, _ = ready(batch_size=4, horizon=9, **fields)
     prompts = opd.step_prompts(config, world.task, 0)
-    rollout = opd.make_states(config, world, prompts, 0, 53)
-    logp = opd.student_scores(config, world, rollout)
-    assert logp.shape[:2] == rollout.tokens.shape
-    assert rollout.tokens.shape[1] <= 53 and rollout.prompt_ids.shape[1] == 19
+    rollout = opd.make_states(config, world, prompts, 0, 9)
+    expected, gradients = whole_loss(config, world, rollout)
+    world.student.zero_grad()
+    monkeypatch.setattr(opd, "CHUNK", chunk)
+    weight, total, seen = opd.token_weights(rollout.mask, config.aggregation), 0.0, 0
+    for rows in (torch.arange(0, 1), torch.arange(1, 4)):
+        for at, logp, logq in opd.score_chunks(config, world, rollout, rows, lambda key: None):
+            assert len(logp) <= max(1, chunk // 19)
+            before, action = opd.of_tokens(logp, rollout.tokens[at]).detach(), rollout.tokens[at]
+            loss = opd.token_loss(config, logp, logq, action, torch.zeros(len(action)), before)
+            loss = (loss * weight[at]).sum()
+            loss.backward()
+            total, seen = total + loss.item(), seen + len(action)
+    assert seen == int(rollout.mask.sum())  # response tokens only, each once
+    assert total == pytest.approx(expected, abs=1e-5)
+    for a, b in zip(gradients, world.student.parameters(), strict=True):
+        assert (a - b.grad).abs().max() < 1e-5
 
 
 def test_teacher_scores_have_no_gradient_and_the_teacher_never_moves():
@@ -102,6 +138,9 @@ def test_learning_rate_schedule():
     rates = [opd.lr_at(step, config) for step in range(20)]
     assert rates[:4] == [0.25, 0.5, 0.75, 1.0] and rates[4:11] == [1.0] * 7
     assert rates[11:] == pytest.approx([0.1 * k for k in range(9, 0, -1)])
+    whole = opd.Config(steps=20, warmup=4, decay=1.0, lr=1.0)
+    falling = [opd.lr_at(step, whole) for step in range(3, 20)]
+    assert falling == pytest.approx([1.0] + [k / 16 for k in range(16, 0, -1)])
     flat = opd.Config(steps=20, warmup=0, decay=0.0, lr=1.0)
     assert {opd.lr_at(step, flat) for step in range(20)} == {1.0}
 
@@ -130,11 +169,12 @@ def test_bf16_autocast_changes_the_scores():
     for precision in ("fp32", "bf16"):
         config, world, _ = ready(precision=precision)
         prompts = opd.step_prompts(config, world.task, 0)
-        rollout = opd.make_states(opd.Config(**{**config.model_dump(), "precision": "fp32"}),
-                                  world, prompts, 0, 20)  # fmt: skip
-        scores.append(opd.student_scores(config, world, rollout))
-        assert scores[-1].dtype == torch.float32
-    assert scores[0].shape != scores[1].shape or 0 < (scores[0] - scores[1]).abs().max() < 0.5
+        rollout = opd.sample(world.teacher, prompts, horizon=9, noise=torch.full((8, 9), 0.5))
+        chunks = opd.score_chunks(config, world, rollout, torch.arange(8), lambda key: None)
+        _, logp, logq = next(chunks)
+        assert logp.dtype == logq.dtype == torch.float32
+        scores.append(logp.detach())
+    assert 0 < (scores[0] - scores[1]).abs().max() < 1.0
 
 
 # evaluation
@@ -222,17 +262,26 @@ def test_self_check_passes_for_the_same_model_and_prints_one_line(run_dir, capsy
     assert line.startswith("self-check, teacher == student: loss") and line.endswith("fine")
 
 
-def test_self_check_notices_a_shift(run_dir, monkeypatch):
+@pytest.mark.parametrize("both", [False, True], ids=["teacher", "both"])
+def test_self_check_notices_a_shift(both, run_dir, monkeypatch):
+    """The classic bug, scores one token late; in both models it cancels in the loss."""
     config, world, _ = ready(teacher="tiny_configs/models/student_hasty")
     right = opd.score
 
-    def shifted(model, rollout, **law):  # the classic bug: the teacher's scores one token late
+    def shifted(model, rollout, **law):
         found = right(model, rollout, **law)
-        return found if model is world.student else found.roll(1, dims=1)
+        return found if model is world.student and not both else found.roll(1, dims=1)
 
     monkeypatch.setattr(opd, "score", shifted)
     with pytest.raises(opd.TrainingStopped, match="allowed"):
         opd.self_check(config, world)
+
+
+def test_self_check_knows_a_folder_by_its_other_names(monkeypatch):
+    monkeypatch.chdir(ROOT / "notebooks")
+    path = "tiny_configs/models/teacher"
+    assert opd.same_model(path, str(ROOT / path)) and opd.same_model(path, f"../{path}/")
+    assert not opd.same_model(path, "tiny_configs/models/teacher_b")
 
 
 # a loss that is not finite
@@ -243,7 +292,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_change(run_dir, monk
 
     def poisoned(logp, logq):
         calls.append(1)
-        return opd.forward_kl(logp, logq) * (float("nan") if len(calls) > 8 else 1.0)
+        return opd.forward_kl(logp, logq) * (float("nan") if len(calls) > 4 else 1.0)
 
     monkeypatch.setattr(opd, "reverse_kl", poisoned)
     config = opd.Config.load(**SMALL, steps=9, eval_every=0, checkpoint_every=2, name="nan")
@@ -351,6 +400,38 @@ def test_ctrl_c_saves_and_says_how_to_go_on(uninterrupted, tmp_path):
     process = start(tmp_path, "--resume", "runs/stopped")
     assert process.wait(120) == 0, process.stderr.read()
     assert rows_of(folder) == rows_of(uninterrupted) and same_weights(folder, uninterrupted)
+
+
+def test_ctrl_c_before_the_first_step_says_how_to_go_on(run_dir, monkeypatch, capsys):
+    def interrupted(*args, **law):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(opd, "final_evaluation", interrupted)
+    assert opd.main(["--name", "early"]) == 130
+    assert "stopped after step 0 of 40; go on with: python opd.py --resume runs/early" in (
+        capsys.readouterr().err
+    )
+
+
+def test_damaged_checkpoint_and_report_are_one_line(run_dir, capsys):
+    opd.train(opd.Config.load(**SMALL, steps=1, eval_every=0, name="hurt"))
+    (run_dir / "runs/hurt/result.json").unlink()
+    (run_dir / "runs/hurt/checkpoint/last.safetensors").write_bytes(b"nothing")
+    assert opd.main(["--resume", "runs/hurt"]) == 2
+    assert "last.safetensors is damaged" in capsys.readouterr().err
+    (run_dir / "runs/hurt/result.json").write_text('{"steps"')
+    assert opd.main(["report", "runs/hurt"]) == 2
+    assert "must be a finished run" in capsys.readouterr().err
+
+
+def test_advantage_stays_that_of_the_rollout_over_its_updates():
+    config = opd.Config.load(method="opd")
+    logp = torch.tensor([[0.5, 0.5]]).log().requires_grad_()
+    logq, before = torch.tensor([[0.25, 0.75]]).log(), torch.tensor([0.9]).log()
+    action, none = torch.tensor([0]), torch.zeros(1)
+    loss = opd.token_loss(config, logp, logq, action, none, before)
+    ratio, advantage = 0.5 / 0.9, (0.25 / 0.9)
+    assert loss.item() == pytest.approx(-ratio * torch.tensor(advantage).log().item(), abs=1e-6)
 
 
 def test_a_finished_run_is_not_resumed(uninterrupted, monkeypatch, capsys):
