@@ -783,7 +783,7 @@ def sample(
         out.tokens[row, t], out.mask[row, t] = token, True
         out.logprobs[row, t] = logp.gather(-1, token[:, None]).squeeze(-1)
         stops = torch.isin(token, stop)
-        seen = torch.nn.functional.pad(seen, (0, 1), value=True)
+        seen = torch.nn.functional.pad(seen, (0, 1), value=True) if padded else seen
         if stops.any():
             out.finished[row[stops]] = True
             go = (~stops).nonzero().squeeze(1)
@@ -1054,7 +1054,7 @@ def horizon_at(step: int, config: Config, history: list[dict] | None = None) -> 
 # ------------------------------------------------------------------------------------------------
 
 VALIDATION_PROMPTS, EVALUATION_ROWS, SHOWN_SAMPLES = 256, 512, 4
-CHUNK = 2**22  # logits of the student held at once
+CHUNK_LOGITS, CHUNK_TOKENS = 2**22, 64  # logits held at once, but at least so many tokens
 DTYPES = dict(fp32=torch.float32, fp16=torch.float16, bf16=torch.bfloat16)
 
 
@@ -1186,7 +1186,8 @@ def score_chunks(
     with world.precision():
         whole = hidden_states(world.student, part)[row, column]
     hidden = whole.detach().requires_grad_()
-    for n in torch.arange(len(row), device=row.device).split(max(1, CHUNK // vocab_size)):
+    size = max(CHUNK_TOKENS, CHUNK_LOGITS // vocab_size)
+    for n in torch.arange(len(row), device=row.device).split(size):
         lap("update_s")
         with torch.no_grad():
             logq = exact if exact is None else exact[n]

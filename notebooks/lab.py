@@ -181,15 +181,17 @@ def compare(path: str | Path, seeds: int = 5, workers: int = 2) -> dict[str, dic
     def found(fields: dict) -> dict | None:
         return next((d for d in done if d["fields"] == fields), None)
 
+    def keep(result: dict) -> None:
+        done.append(result)
+        ordered = sorted(json.dumps(each, sort_keys=True) for each in done)
+        opd.write_atomically(file, "[\n" + ",\n".join(ordered) + "\n]\n")
+
     def run(name_lr_seed: list[tuple]) -> None:
         missing = [f for f in (fields_of(spec, *each) for each in name_lr_seed) if not found(f)]
-        context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(workers, mp_context=context) as pool:
-            jobs = [pool.submit(run_one, fields) for fields in missing]
-            for job in tqdm(as_completed(jobs), total=len(jobs), desc=file.stem, disable=None):
-                done.append(job.result())
-                ordered = sorted(json.dumps(d, sort_keys=True) for d in done)
-                opd.write_atomically(file, "[\n" + ",\n".join(ordered) + "\n]\n")
+        with tqdm(total=len(missing), desc=file.stem, disable=None) as bar:
+            for result in in_processes(run_one, missing, workers):
+                keep(result)
+                bar.update()
 
     def quality(name: str, lr: float) -> tuple[float, float]:
         curves = [found(fields_of(spec, name, lr, seed))["curve"] for seed in TUNING_SEEDS]
@@ -200,6 +202,19 @@ def compare(path: str | Path, seeds: int = 5, workers: int = 2) -> dict[str, dic
     run([(n, best[n], seed) for n in names for seed in range(seeds)])
     runs = {n: [found(fields_of(spec, n, best[n], seed)) for seed in range(seeds)] for n in names}
     return {n: summary_of(runs[n], runs[names[0]], grid_of(spec, n)) for n in names}
+
+
+def in_processes(function: Any, inputs: list, workers: int) -> Any:
+    """Yield function(input) for all inputs as they are done; 1 worker: here, in order."""
+    if workers == 1:
+        yield from map(function, inputs)
+        return
+    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+        try:
+            for job in as_completed([pool.submit(function, each) for each in inputs]):
+                yield job.result()
+        finally:
+            pool.shutdown(cancel_futures=True)  # Ctrl-C: what has not begun does not begin
 
 
 def summary_of(runs: list[dict], first: list[dict], grid: list[float]) -> dict[str, Any]:

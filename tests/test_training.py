@@ -89,7 +89,8 @@ def test_chunks_give_the_loss_and_gradient_of_the_whole(fields, chunk, monkeypat
     rollout = opd.make_states(config, world, prompts, 0, 9)
     expected, gradients = whole_loss(config, world, rollout)
     world.student.zero_grad()
-    monkeypatch.setattr(opd, "CHUNK", chunk)
+    monkeypatch.setattr(opd, "CHUNK_LOGITS", chunk)
+    monkeypatch.setattr(opd, "CHUNK_TOKENS", 1)
     weight, total, seen = opd.token_weights(rollout.mask, config.aggregation), 0.0, 0
     for rows in (torch.arange(0, 1), torch.arange(1, 4)):
         for at, logp, logq in opd.score_chunks(config, world, rollout, rows, lambda key: None):
