@@ -28,7 +28,6 @@ than method (plots, comparisons, token heat maps) lives in notebooks/lab.py.
     python opd.py methods                                   # what each method sets
 """
 
-import argparse
 import copy
 import dataclasses
 import difflib
@@ -1657,45 +1656,48 @@ def draw_curve(rows: list[dict], models: dict[str, Any], path: Path) -> None:
 # ------------------------------------------------------------------------------------------------
 
 
-def methods_table() -> str:
-    """METHODS as text: a line for each method with the fields that it sets."""
+def help_text() -> str:
+    """Usage and every Config field: the names allowed, if few, its documentation, its default."""
+    uses = (
+        "[CONFIG.json] [--field value ...]",
+        "--resume runs/NAME",
+        "report runs/NAME",
+        "methods",
+    )
+    lines = [f"python opd.py {use}" for use in uses] + ["", "fields (default):"]
+    for name, field in Config.model_fields.items():
+        names = [v for v in get_args(field.annotation) if isinstance(v, str)]
+        text = ": ".join(filter(None, (", ".join(names), field.description)))
+        lines.append(f"  --{name:20} {text} ({field.default})")
+    return "\n".join(lines)
+
+
+def methods_text() -> str:
+    """METHODS, a line for each with the fields that it sets."""
     settings = {
         m: ", ".join(f"{k}={v}" for k, v in fields.items()) for m, fields in METHODS.items()
     }
     return "\n".join(f"{name:<10} {fields}" for name, fields in settings.items())
 
 
-def parse_value(field: str, text: str) -> Any:
-    """A value from the command line: JSON where it parses, none as null; text fields stay text."""
-    if text.lower() in ("none", "null"):
-        return None
-    try:
-        is_text = Config.model_fields[field].annotation in (str, str | None)
-        return text if is_text else json.loads(text.lower())
-    except json.JSONDecodeError:
-        return text
-
-
-def command_line() -> argparse.ArgumentParser:
-    """The parser, made from Config's fields; its complaints are InputErrors."""
-    parser = argparse.ArgumentParser(
-        usage="python opd.py [CONFIG.json] [--field value ...] [--resume runs/NAME]\n"
-        "       python opd.py report RUN | methods",
-        description="On-policy distillation.  Without arguments: the main job, on a CPU.",
-        allow_abbrev=False,
-    )
-
-    def refuse(message: str) -> None:
-        raise InputError(message)
-
-    parser.error = refuse
-    parser.add_argument("words", nargs="*", metavar="CONFIG.json", help="a config or a command")
-    parser.add_argument("--resume", metavar="runs/NAME", help="go on with a run that was cut off")
-    for name, field in Config.model_fields.items():
-        names = [str(v) for v in get_args(field.annotation) if isinstance(v, str)]
-        text = f"{', '.join(names)}{': ' * bool(names)}{field.description} ({field.default})"
-        parser.add_argument(f"--{name}", metavar="", default=argparse.SUPPRESS, help=text)
-    return parser
+def parse(argv: list[str]) -> tuple[list[str], dict[str, Any]]:
+    """Words, and fields from `--field value` or `--field=value`: JSON where it parses, else text."""
+    words, fields, rest = [], {}, iter(argv)
+    for word in rest:
+        if not word.startswith("--"):
+            words.append(word)
+            continue
+        name, equals, text = word[2:].partition("=")
+        if (text := text if equals else next(rest, None)) is None:
+            raise InputError(f"{word}: needs a value")
+        field = Config.model_fields.get(name)
+        try:
+            texts = name == "resume" or (field and field.annotation in (str, str | None))
+            none = text.lower() in ("none", "null")
+            fields[name] = None if none else text if texts else json.loads(text.lower())
+        except json.JSONDecodeError:
+            fields[name] = text
+    return words, fields
 
 
 def resumable(folder: str) -> Config:
@@ -1709,19 +1711,20 @@ def resumable(folder: str) -> Config:
 
 def run_command(argv: list[str]) -> None:
     """Do what the command line asks for."""
-    given = vars(command_line().parse_args(argv))
-    words, resume = given.pop("words"), given.pop("resume")
+    if {"-h", "--help"} & {*argv}:
+        return print(help_text())
+    words, fields = parse(argv)
+    resume = fields.pop("resume", None)
     if words == ["methods"]:
-        print(methods_table())
+        print(methods_text())
     elif len(words) == 2 and words[0] == "report":
         report(words[1])
         print(f"{words[1]}/report.md")
     elif len(words) > 1 or (words and not words[0].endswith(".json")):
         raise InputError(f"{' '.join(words)!r}: must be one CONFIG.json, `report RUN` or `methods`")
-    elif resume and (words or given):
+    elif resume and (words or fields):
         raise InputError(f"resume = {resume!r}: takes no other argument; the run keeps its config")
     else:
-        fields = {name: parse_value(name, text) for name, text in given.items()}
         run = train(resumable(resume) if resume else Config.load(*words, **fields), resume)
         print((run.dir / "report.md").read_text().partition("\n![")[0])
         print(f"picture {run.dir}/curve.png, report {run.dir}/report.md, model {run.dir}/model")

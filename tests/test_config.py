@@ -69,7 +69,8 @@ def test_every_field_has_a_documentation_and_none_is_a_dict():
 # bad input: one line that names the field, the value, what is allowed; exit code 2; nothing written
 
 BAD = [
-    (["--stepz", "3"], "stepz"),
+    (["--stepz", "3"], "stepz = 3: unknown field; did you mean steps?"),
+    (["--steps=-2"], "steps = -2"),
     (["--steps", "-1"], "steps = -1: input should be greater than or equal to 0"),
     (["--steps", "3.5"], "steps = 3.5"),
     (["--steps", "many"], "steps = 'many'"),
@@ -123,7 +124,7 @@ BAD = [
     (["report", "runs/none"], "must be a finished run"),
     (["--resume", "runs/none"], "must be a run's folder"),
     (["--resume", "runs/none", "--steps", "3"], "takes no other argument"),
-    (["--lr"], "expected one argument"),
+    (["--lr"], "--lr: needs a value"),
 ]
 
 
