@@ -628,6 +628,7 @@ def jsonl_task(path: str, tokenizer: Any, max_tokens: int = 1024) -> Task:
     except (OSError, ValueError) as error:
         raise InputError(f"task = {path!r}: must be a readable text file ({error})") from None
     for number, line in enumerate(lines, 1):
+        why = ""
         try:
             row = json.loads(line)
             prompt, answer, response = row["prompt"], str(row["answer"]), row.get("response")
@@ -639,13 +640,16 @@ def jsonl_task(path: str, tokenizer: Any, max_tokens: int = 1024) -> Task:
                 )  # fmt: skip
             usable = bool(tokenizer(prompt)["input_ids"]) and last_number(answer) is not None
             usable = usable and prompt not in responses and isinstance(response, str | None)
-        except Exception:  # whatever a line can do to JSON, dict, template or tokenizer
-            usable = False
-        if not usable or (responses and (response is None) != (None in responses.values())):
+            usable = usable and (response is None) == (
+                next(iter(responses.values()), response) is None
+            )
+        except Exception as error:  # whatever a line does to JSON, dict, template or tokenizer
+            usable, why = False, f" ({error!r})"
+        if not usable:
             raise InputError(
                 f"task = {path!r}, line {number}: must be a JSON object with a prompt that the "
                 "tokenizer can read and no other row has, an answer with a number, a response in "
-                f"all rows or in none, and a split, if any, from {', '.join(SPLITS)}"
+                f"all rows or in none, and a split, if any, from {', '.join(SPLITS)}{why}"
             )
         split.append((prompt, answer))
         responses[prompt] = response and response + (tokenizer.eos_token or "")
@@ -669,7 +673,7 @@ def jsonl_task(path: str, tokenizer: Any, max_tokens: int = 1024) -> Task:
 
 
 def last_number(text: str) -> Decimal | None:
-    r"""The number in the last \\boxed{}, else the last one after ####, else the last of all.
+    r"""The number in the last \boxed{}, else the last one after ####, else the last of all.
 
     A box must hold a number and nothing else; a part of a fraction or of 1e5 is not a number.
     """
@@ -1341,7 +1345,8 @@ def evaluate(
     """
     noise = torch.rand(len(prompts.text), task.max_tokens, generator=keyed_generator("evaluation"))
     right, law = 0, dict(horizon=task.max_tokens, temperature=0.0 if greedy else 1.0, **law)
-    for part in torch.arange(len(noise)).split(rows):
+    parts = torch.arange(len(noise)).split(rows)
+    for part in tqdm(parts, desc="evaluation", leave=False, disable=None):
         some = take(prompts, part)
         right += int(task.verify(some, sample(model, some, noise=noise[part], **law)).sum())
     return wilson(right, len(noise))
@@ -1658,16 +1663,11 @@ def draw_curve(rows: list[dict], models: dict[str, Any], path: Path) -> None:
 
 def help_text() -> str:
     """Usage and every Config field: the names allowed, if few, its documentation, its default."""
-    uses = (
-        "[CONFIG.json] [--field value ...]",
-        "--resume runs/NAME",
-        "report runs/NAME",
-        "methods",
-    )
-    lines = [f"python opd.py {use}" for use in uses] + ["", "fields (default):"]
+    uses = "[CONFIG.json] [--field value ...]", "--resume runs/NAME", "report runs/NAME", "methods"
+    lines = [*(f"python opd.py {use}" for use in uses), "", "fields (default):"]
     for name, field in Config.model_fields.items():
-        names = [v for v in get_args(field.annotation) if isinstance(v, str)]
-        text = ": ".join(filter(None, (", ".join(names), field.description)))
+        names = ", ".join(v for v in get_args(field.annotation) if isinstance(v, str))
+        text = f"{names}{': ' * bool(names)}{field.description}"
         lines.append(f"  --{name:20} {text} ({field.default})")
     return "\n".join(lines)
 
@@ -1681,7 +1681,7 @@ def methods_text() -> str:
 
 
 def parse(argv: list[str]) -> tuple[list[str], dict[str, Any]]:
-    """Words, and fields from `--field value` or `--field=value`: JSON where it parses, else text."""
+    """Words, and fields from `--field value` or `--field=value`, as JSON where they parse."""
     words, fields, rest = [], {}, iter(argv)
     for word in rest:
         if not word.startswith("--"):

@@ -257,11 +257,11 @@ def markdown_table(summary: dict[str, dict[str, Any]]) -> str:
 def plot_comparison(summary: dict[str, dict[str, Any]], title: str) -> plt.Figure:
     """Validation accuracy against steps, tokens sampled, seconds: mean and range over seeds."""
     figure, axes = plt.subplots(1, 3, figsize=(10, 3), sharey=True)
-    labels = ("step", "response tokens sampled", "seconds of training")
-    for column, (axis, label) in enumerate(zip(axes, labels, strict=True)):
+    labels = {"step": 1, "response tokens sampled, thousands": 1000, "seconds of training": 1}
+    for column, (axis, (label, unit)) in enumerate(zip(axes, labels.items(), strict=True)):
         for name, s in summary.items():
             curves = torch.tensor([r["curve"] for r in s["runs"]])  # (seeds, points, 4)
-            x, y = curves[..., column].mean(0), curves[..., 3]
+            x, y = curves[..., column].mean(0) / unit, curves[..., 3]
             (line,) = axis.plot(x, y.mean(0), label=name)
             axis.fill_between(x, y.amin(0), y.amax(0), color=line.get_color(), alpha=0.15, lw=0)
         axis.set(xlabel=label)
