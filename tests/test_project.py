@@ -55,7 +55,7 @@ def lines_of(function):
 def test_format():
     command = [sys.executable, "-m", "ruff"]
     for words in (["format", "--check", "-q"], ["check", "-q"]):
-        files = ["opd.py", "tests", "notebooks/lab.py"]
+        files = ["opd.py", "tests", "notebooks/lab.py", "notebooks/broken.py"]
         done = subprocess.run(command + words + files, cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
 
