@@ -1,9 +1,9 @@
 """Every broken loss once: what real frameworks got wrong, small enough to read.
 
 Nothing in opd.py imports this.  tests/test_pitfalls.py shows by exact numbers what each does,
-beside the right function of opd.py; notebooks and exercises take their bugs from here.  Arguments
-are as in opd.py: log-probs (..., V) or of tokens (B, T), student first.  Each docstring names where
-the bug was seen; all statements about gradients are [derived].
+beside the right function of opd.py; notebooks and exercises may take their bugs from here.
+Arguments are as in opd.py: log-probs (..., V) or of tokens (B, T), student first.  Each docstring
+names where the bug was seen; all statements about gradients are [derived].
 """
 
 import torch
@@ -26,12 +26,12 @@ def k3_as_loss(logp_a: Tensor, logq_a: Tensor) -> Tensor:
 
 
 def k2_as_reward(logp_a: Tensor, logq_a: Tensor) -> Tensor:
-    """A = -k2: never positive, so it punishes what the teacher wants more of as well."""
+    """A = -k2: never positive, so it punishes what the teacher wants too.  See TRL #6503."""
     return -0.5 * (logq_a - logp_a).detach() ** 2
 
 
 def k3_as_reward(logp_a: Tensor, logq_a: Tensor) -> Tensor:
-    """A = -k3: reverse minus forward KL, which lowers the teacher's favourite.  TRL #6503."""
+    """A = -k3: reverse minus forward KL, which can lower the teacher's favourite.  TRL #6503."""
     return -k3_as_loss(logp_a, logq_a).detach()
 
 
@@ -41,7 +41,7 @@ def live_advantage(logp_a: Tensor, logq_a: Tensor) -> Tensor:
 
 
 def state_only_advantage(logp: Tensor, logq: Tensor, logp_a: Tensor) -> Tensor:
-    """The state's KL as the advantage of its token: expected gradient 0.  miles #2362."""
+    """Minus the state's KL as the advantage of its token: expected gradient 0.  miles #2362."""
     return opd.reverse_kl(logp, logq).detach() * logp_a
 
 
@@ -70,7 +70,7 @@ def jsd_at_the_ends(logp: Tensor, logq: Tensor, beta: float) -> Tensor:
 
 
 def mean_over_vocabulary(logp: Tensor, logq: Tensor) -> Tensor:
-    """Divides by V too: the learning rate depends on the vocabulary.  TRL #4105."""
+    """Divides by V too: under SGD the learning rate depends on the vocabulary.  TRL #4105."""
     return (logp.exp() * (logp - logq)).mean(-1)
 
 
@@ -93,7 +93,7 @@ def mask_before_eos(tokens: Tensor, eos_id: int) -> Tensor:
 
 
 def mean_with_padding(x: Tensor, mask: Tensor) -> Tensor:
-    """Divides by B T instead of the number of tokens: short responses count less.  TRL #2058."""
+    """Divides by B T instead of the number of tokens: padded batches count less.  TRL #2058."""
     return (x * mask).mean()
 
 
@@ -123,7 +123,7 @@ def wrong_count(x: Tensor, mask: Tensor, data_mask: Tensor) -> Tensor:
 # --- sampling against scoring ---------------------------------------------------------------------
 
 
-def cold_student_warm_teacher(z: Tensor, logq: Tensor, temperature: float) -> Tensor:
+def student_temperature_only(z: Tensor, logq: Tensor, temperature: float) -> Tensor:
     """Student scored at a temperature, teacher at 1: the optimum is q^temperature.  verl #7769."""
     return opd.reverse_kl((z / temperature).log_softmax(-1), logq)
 
