@@ -1057,7 +1057,7 @@ def horizon_at(step: int, config: Config, history: list[dict] | None = None) -> 
 # ------------------------------------------------------------------------------------------------
 
 VALIDATION_PROMPTS, EVALUATION_ROWS, SHOWN_SAMPLES = 256, 512, 4
-CHUNK_LOGITS, CHUNK_TOKENS = 2**22, 64  # logits held at once, but at least so many tokens
+CHUNK_LOGITS, CHUNK_TOKENS = 2**22, 16  # logits held at once, but at least so many tokens
 DTYPES = dict(fp32=torch.float32, fp16=torch.float16, bf16=torch.bfloat16)
 
 
