@@ -31,10 +31,12 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(config, items):
+    def wanted(item):
+        return (item.get_closest_marker("notebook") is not None) == config.getoption("--notebooks")
+
+    config.hook.pytest_deselected(items=[item for item in items if not wanted(item)])
+    items[:] = filter(wanted, items)
     for item in items:
-        notebook = item.get_closest_marker("notebook") is not None
-        if notebook != config.getoption("--notebooks"):
-            item.add_marker(pytest.mark.skip(reason="notebooks run with --notebooks, and alone"))
         if item.get_closest_marker("slow") and not config.getoption("--slow"):
             item.add_marker(pytest.mark.skip(reason="slow: run with --slow"))
 
