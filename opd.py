@@ -1193,8 +1193,9 @@ def score_chunks(
     for n in torch.arange(len(row), device=row.device).split(size):
         lap("update_s")
         with torch.no_grad():
-            logq = exact if exact is None else exact[n]
-            logq = logq if teacher is None else law_of(world.teacher, teacher[n], **law)
+            logq = None if exact is None else exact[n]
+            if teacher is not None:
+                logq = law_of(world.teacher, teacher[n], **law)
         lap("score_s")
         with world.precision():
             logp = law_of(world.student, hidden[n], **law)

@@ -243,7 +243,7 @@ ELSEWHERE = {  # no effect on the loss by intention; each has its own test
     "save_dtype": "test_training.test_saved_model_loads_in_its_dtype",
     "device": "test_a_gpu_that_is_not_there",
     "precision": "test_training.test_bf16_autocast_changes_the_scores",
-    "allow_top_p_bias": "test_bad_input",
+    "allow_top_p_bias": "test_the_top_p_bias_can_be_accepted",
 }
 
 
@@ -261,7 +261,16 @@ def fingerprint(**fields):
     return seen, weights
 
 
+def test_the_top_p_bias_can_be_accepted():
+    with pytest.raises(opd.InputError, match="allow_top_p_bias"):
+        opd.Config.load(method="opd", top_p=0.9)
+    assert opd.Config.load(method="opd", top_p=0.9, allow_top_p_bias=True).top_p == 0.9
+
+
 def test_no_field_is_forgotten():
+    source = "".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
+    for test in ELSEWHERE.values():
+        assert f"def {test.rpartition('.')[2]}(" in source, test
     assert ALIVE.keys() | ELSEWHERE.keys() == opd.Config.model_fields.keys()
 
 

@@ -341,6 +341,21 @@ def uninterrupted(tmp_path_factory):
     return folder / "runs" / "whole"
 
 
+def cut_off(run, rows, number, *words):
+    """Start a run in its grandparent folder, send it a signal once it has so many rows."""
+    process = start(run.parent.parent, *words)
+    wait_for_rows(run, process, rows)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=120)
+    return process.returncode, errors
+
+
+def finish(run):
+    """Resume a run in a process of its own, to its end."""
+    process = start(run.parent.parent, "--resume", f"runs/{run.name}")
+    assert process.wait(120) == 0, process.stderr.read()
+
+
 def result_of(folder):
     result = json.loads((folder / "result.json").read_text())
     return {k: v for k, v in result.items() if k != "seconds"}
@@ -356,19 +371,12 @@ def same_weights(a, b):
 def test_resume_after_sigkill(uninterrupted, tmp_path):
     """Killed twice at no particular moment; metrics, result and weights end bit-equal."""
     killed = tmp_path / "runs" / "cut"
-    process = start(tmp_path, *RUN, "--name", "cut")
-    wait_for_rows(killed, process, 5)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    assert cut_off(killed, 5, signal.SIGKILL, *RUN, "--name", "cut")[0] == -signal.SIGKILL
     with open(killed / "metrics.jsonl", "a") as file:
         file.write('{"step": 99, "lo')  # the kill may cut a line
     (killed / "checkpoint" / "last.safetensors.part").write_bytes(b"half a checkpoint")
-    process = start(tmp_path, "--resume", "runs/cut")
-    wait_for_rows(killed, process, 9)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    process = start(tmp_path, "--resume", "runs/cut")
-    assert process.wait(120) == 0, process.stderr.read()
+    assert cut_off(killed, 9, signal.SIGKILL, "--resume", "runs/cut")[0] == -signal.SIGKILL
+    finish(killed)
     assert rows_of(killed) == rows_of(uninterrupted)
     assert result_of(killed) == result_of(uninterrupted)
     assert same_weights(killed, uninterrupted)
@@ -376,30 +384,22 @@ def test_resume_after_sigkill(uninterrupted, tmp_path):
 
 def test_resume_before_the_first_checkpoint_starts_again(uninterrupted, tmp_path):
     killed = tmp_path / "runs" / "early"
-    process = start(tmp_path, *RUN, "--name", "early")
-    wait_for_rows(killed, process, 1)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    assert cut_off(killed, 1, signal.SIGKILL, *RUN, "--name", "early")[0] == -signal.SIGKILL
     for file in (killed / "checkpoint").glob("*"):
         file.unlink()
-    process = start(tmp_path, "--resume", "runs/early")
-    assert process.wait(120) == 0, process.stderr.read()
+    finish(killed)
     assert rows_of(killed) == rows_of(uninterrupted)
 
 
 def test_ctrl_c_saves_and_says_how_to_go_on(uninterrupted, tmp_path):
     folder = tmp_path / "runs" / "stopped"
-    process = start(tmp_path, *RUN, "--name", "stopped")
-    wait_for_rows(folder, process, 4)
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == 130
+    code, errors = cut_off(folder, 4, signal.SIGINT, *RUN, "--name", "stopped")
+    assert code == 130
     assert "python opd.py --resume runs/stopped" in errors and "Traceback" not in errors
     steps = len(rows_of(folder))
     with opd.safe_open(folder / "checkpoint" / "last.safetensors", framework="pt") as saved:
         assert json.loads(saved.metadata()["state"])["steps"] == steps
-    process = start(tmp_path, "--resume", "runs/stopped")
-    assert process.wait(120) == 0, process.stderr.read()
+    finish(folder)
     assert rows_of(folder) == rows_of(uninterrupted) and same_weights(folder, uninterrupted)
 
 
