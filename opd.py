@@ -92,6 +92,31 @@ def opt(default: Any, doc: str, **limits: Any) -> Any:
 MANY = 2**20  # more rows or tokens than this are a slip of the keyboard
 
 
+ROUTE_B, SCORED = ["policy_gradient"], ["teacher", "law"]
+LOG_RATIO = dict(route=ROUTE_B, feedback=["teacher"], divergence=["reverse_kl"])
+NEEDS: list[tuple[str, list, dict[str, list]]] = [  # field, its values (none: any but the default)
+    ("feedback", ["law", "imitation"], dict(route=["direct"])),
+    ("feedback", ["verifier"], dict(route=ROUTE_B)),
+    ("route", ROUTE_B, dict(states=["student"])),
+    ("teacher_prefix", [], dict(route=["direct"], states=["student", "mixed"])),
+    ("importance_ratio", [], dict(route=ROUTE_B, negative=["suppress"])),
+    ("clip", [], dict(importance_ratio=[True])),
+    ("gamma", [], LOG_RATIO),
+    ("baseline", ["leave_one_out"], dict(route=ROUTE_B)),
+    ("baseline", ["kl", "value"], LOG_RATIO),
+    ("negative", [], LOG_RATIO),
+    (
+        "support",
+        [],
+        dict(route=["direct"], feedback=SCORED, divergence=["reverse_kl", "forward_kl"]),
+    ),
+    ("weighting", [], dict(feedback=SCORED)),
+    ("entropy_threshold", [], dict(feedback=SCORED)),
+    ("importance_cap", [], dict(states=["student"], teacher_prefix=[0])),
+    ("reward_scale", [], dict(feedback=SCORED)),
+]  # ... and what each then needs
+
+
 class Config(BaseModel):
     """One run.  The groups are the survey's variables; unknown fields, wrong types are errors."""
 
@@ -119,12 +144,43 @@ class Config(BaseModel):
         "teacher", "teacher's scores, the task's exact law, right or wrong, or copy the text"
     )
     route: Literal["direct", "policy_gradient"] = opt("direct", "A: divergence, B: log-ratio")
-    divergence: Literal["reverse_kl", "forward_kl", "jsd"] = opt("reverse_kl", "route A's loss")
+    divergence: Literal["reverse_kl", "forward_kl", "jsd"] = opt("reverse_kl", "what descends")
     beta: float = opt(0.5, "jsd: the teacher's weight in the mixture", gt=0, lt=1)
-    baseline: Literal["none", "leave_one_out"] = opt("none", "verifier: mean of other samples")
+    support: Literal["full", "student", "teacher", "union", "intersection"] = opt(
+        "full", "route A: the whole vocabulary, or whose top_k"
+    )
+    top_k: int = opt(16, "size of supports, candidate sets and overlaps", ge=1, le=MANY)
+    tail: Literal["stop_gradient", "generalised", "renormalise", "bucket"] = opt(
+        "bucket", "what becomes of the mass off the support"
+    )
+    # route B's credit, and what negative feedback turns into
+    gamma: float = opt(0.0, "discount: 0 immediate credit, 1 return-to-go", ge=0, le=1)
+    baseline: Literal["none", "leave_one_out", "kl", "value"] = opt(
+        "none", "the prompt's other samples, the closed form -KL, or a learned value (GAE)"
+    )
+    gae_lambda: float = opt(0.95, "value: 1 trusts returns, 0 the critic", ge=0, le=1)
+    value_lr: float = opt(1e-2, "value: the critic's learning rate", gt=0, le=10)
+    value_warmup: int = opt(5, "value: steps in which the critic only learns", ge=0)
+    negative: Literal["suppress", "route", "local_kl"] = opt(
+        "suppress", "A < 0: lower the token, route its mass (CR-OPD), a local forward KL (AOPD)"
+    )
+    rho: float = opt(1.0, "route: strength", ge=0, le=1)
+    min_prob: float = opt(1e-4, "route: reachable means the student gives so much", ge=0, lt=1)
     importance_ratio: bool = opt(False, "route B: p / p_before in front of the advantage")
     clip: float | None = opt(None, "route B: keep the ratio in 1 - clip .. 1 + clip", gt=0, lt=1)
     allow_top_p_bias: bool = opt(False, "accept route B's bias where top_p < 1")
+    # gates, weights, regularizers
+    weighting: Literal["none", "position", "overlap"] = opt(
+        "none", "early, or before overlap falls"
+    )
+    weight_strength: float = opt(0.5, "position: gain; overlap: decay a token", ge=0, le=10)
+    overlap_threshold: float = opt(0.7, "overlap: lower than this is low", ge=0, le=1)
+    entropy_threshold: float | None = opt(None, "teacher's nats above which a forward KL is added")
+    importance_cap: float | None = opt(None, "cap of trainer over sampler; null: no weight", gt=0)
+    reference: str | None = opt(None, "folder or hub name; student: the student at the start")
+    reward_scale: float = opt(1.0, "reference: above 1 goes on past the teacher", gt=0, le=10)
+    reference_kl: float = opt(0.0, "weight of KL(student || reference)", ge=0)
+    entropy_bonus: float = opt(0.0, "weight of the student's entropy", ge=0)
     aggregation: Literal["token", "sequence_sum", "sequence_mean"] = opt("token", "mean over what")
     # update
     steps: int = opt(40, "rollout batches", ge=0, le=10**9)
@@ -155,29 +211,32 @@ class Config(BaseModel):
 
     @model_validator(mode="after")
     def _no_contradictions(self) -> "Config":
-        c, route_b = self, self.route == "policy_gradient"
-        share = isinstance(c.horizon, float)
+        c, share = self, isinstance(self.horizon, float)
+        for field, values, needs in NEEDS:
+            value = getattr(c, field)
+            if value in values if values else value != type(c).model_fields[field].default:
+                for other, allowed in needs.items():
+                    if getattr(c, other) not in allowed:
+                        names = " or ".join(map(json.dumps, allowed))
+                        raise ValueError(f"{field} = {value!r}: needs {other} = {names}")
         writers = {c.states, c.off_policy if c.states == "mixed" else c.states, c.feedback}
+        referring = c.reward_scale != 1 or c.reference_kl > 0
         for wrong, why in (
             (c.horizon is not None and not (0 < c.horizon < 1 if share else c.horizon >= 1),
              f"horizon = {c.horizon}: an integer is tokens, at least 1; a float a share in (0, 1)"),
             (c.teacher is None and ("teacher" in writers or c.teacher_prefix),
              "teacher = null: feedback, states or teacher_prefix need one; name a model"),
-            (route_b and c.feedback in ("law", "imitation"),
-             f"feedback = {c.feedback!r}: route = 'policy_gradient' takes teacher or verifier"),
-            (not route_b and c.feedback == "verifier",
-             "feedback = 'verifier': one number a response needs route = 'policy_gradient'"),
-            (route_b and c.states != "student", f"states = {c.states!r}: route = 'policy_gradient' "
-             "learns from the student's own tokens; use route = 'direct'"),
-            (c.teacher_prefix and (route_b or c.states in ("teacher", "data")),
-             f"teacher_prefix = {c.teacher_prefix}: needs route 'direct', states student or mixed"),
-            (route_b and c.top_p < 1 and not c.allow_top_p_bias, f"top_p = {c.top_p}: below 1 it "
-             "biases route = 'policy_gradient'; use 1, or set allow_top_p_bias = true"),
-            (c.baseline != "none" and (c.samples_per_prompt < 2 or c.feedback != "verifier"),
-             "baseline = 'leave_one_out': needs feedback = 'verifier', samples_per_prompt >= 2"),
-            (c.clip and not c.importance_ratio, f"clip = {c.clip}: needs importance_ratio = true"),
-            (c.importance_ratio and not route_b,
-             "importance_ratio = true: needs route = 'policy_gradient'"),
+            (c.route == "policy_gradient" and c.top_p < 1 and not c.allow_top_p_bias,
+             f"top_p = {c.top_p}: below 1 it biases route = 'policy_gradient'; use 1, or set "
+             "allow_top_p_bias = true"),
+            (c.support != "full" and c.divergence == "forward_kl"
+             and c.tail in ("stop_gradient", "generalised"),
+             f"tail = {c.tail!r}: divergence = 'forward_kl' takes renormalise or bucket"),
+            (referring != (c.reference is not None),
+             f"reference = {c.reference!r}: a model, and then reward_scale other than 1 or "
+             "reference_kl above 0; or null and neither"),
+            (c.baseline == "leave_one_out" and c.samples_per_prompt < 2,
+             "baseline = 'leave_one_out': needs samples_per_prompt >= 2"),
             (c.batch_size % c.samples_per_prompt,
              f"samples_per_prompt = {c.samples_per_prompt}: must divide batch_size {c.batch_size}"),
             ((c.micro_batch or 0) > c.batch_size,
@@ -237,6 +296,30 @@ METHODS: dict[str, dict[str, Any]] = {
     # on-policy, route B, Thinking Machines: sampled token, immediate credit, ratio  [code tinker]
     "opd": dict(states="student", feedback="teacher", route="policy_gradient",
                 importance_ratio=True),
+    # Rethinking OPD 2604.13016 eq. 5: renormalised on the student's top 16  [secondary]
+    "rethinking_topk": dict(route="direct", divergence="reverse_kl", support="student", top_k=16,
+                            tail="renormalise"),
+    # vOPD 2605.07865: minus the state's value in closed form  [secondary; derived]
+    "vopd": dict(route="policy_gradient", baseline="kl"),
+    # OPD+ 2606.01039: another divergence with its own advantage; jsd is our pick  [reconstruction]
+    "opd_plus": dict(route="policy_gradient", divergence="jsd", beta=0.5),
+    # ExOPD 2602.12125: past the teacher, away from the student's own start  [code, secondary]
+    "exopd": dict(route="policy_gradient", reference="student", reward_scale=1.25),
+    # AOPD 2605.06387: where A <= 0 a local KL; its direction and support: ours  [reconstruction]
+    "aopd": dict(route="policy_gradient", negative="local_kl", top_k=16),
+    # EOPD 2603.07079: plus a forward KL where the teacher is undecided; bucket: ours  [secondary]
+    "eopd": dict(route="policy_gradient", entropy_threshold=0.8, top_k=16),
+    # IW-OPD 2606.22600: early tokens weigh more  [code TRL]
+    "iw_opd": dict(route="policy_gradient", weighting="position", weight_strength=0.5),
+    # Prune-OPD 2605.07804: top-k, weights that fall with low overlap; its decay is .01, made for
+    # thousands of tokens, ours for tens  [code, a copy; reconstruction: the decay]
+    "prune_opd": dict(route="direct", divergence="reverse_kl", support="student",
+                      tail="stop_gradient", top_k=16, weighting="overlap", overlap_threshold=0.7,
+                      weight_strength=0.05),
+    # GAE-OPD: a learned value of what is still to come  [reconstruction]
+    "gae_opd": dict(route="policy_gradient", baseline="value", gamma=0.9, gae_lambda=0.95),
+    # CR-OPD: suppressed mass goes to what the teacher supports  [reconstruction]
+    "cr_opd": dict(route="policy_gradient", negative="route", rho=1.0, top_k=16, min_prob=1e-4),
     # GKD 2306.13649: mixed states, generalised JSD  [secondary]
     "gkd": dict(states="mixed", student_share=0.5, off_policy="data", feedback="teacher",
                 route="direct", divergence="jsd", beta=0.5),
@@ -856,14 +939,19 @@ def demonstrated(task: Task, prompts: Prompts, horizon: int) -> Rollout:
 # ------------------------------------------------------------------------------------------------
 
 
-def hidden_states(model: Module, rollout: Rollout) -> Tensor:
-    """(B, T, D): the last layer's output at every state; the one for token t stands at t - 1."""
-    ids = torch.cat([rollout.prompt_ids, rollout.tokens], dim=1)[:, :-1]  # (B, P + T - 1)
-    seen = torch.cat([rollout.prompt_mask, rollout.mask], dim=1)[:, :-1]
+def hidden_states(model: Module, rollout: Rollout, beyond: bool = False) -> Tensor:
+    """(B, T, D): the last layer's output at every state; the one for token t stands at t - 1.
+
+    beyond: (B, T + 1, D), with the state after the last token too.
+    """
+    ids = torch.cat([rollout.prompt_ids, rollout.tokens], dim=1)
+    seen = torch.cat([rollout.prompt_mask, rollout.mask], dim=1)
+    if not beyond:
+        ids, seen = ids[:, :-1], seen[:, :-1]  # (B, P + T - 1)
     where = dict(attention_mask=seen, position_ids=positions_of(seen))
     padded = not bool(rollout.prompt_mask.all())  # padding on the right is harmless: causal
     out = model.base_model(ids, use_cache=False, **(where if padded else {}))
-    return out.last_hidden_state[:, -rollout.tokens.shape[1] :]
+    return out.last_hidden_state[:, -rollout.tokens.shape[1] - beyond :]
 
 
 def law_of(
@@ -889,9 +977,37 @@ def score_tokens(model: Module, rollout: Rollout, **law: Any) -> Tensor:
     return of_tokens(score(model, rollout, **law), rollout.tokens)
 
 
-def of_tokens(logp: Tensor, tokens: Tensor) -> Tensor:
-    """(B, T, V) read at tokens (B, T) -> (B, T)."""
+@dataclass
+class Scores:
+    """A sparse teacher: log q of the response's token (B, T), and of K listed ids (B, T, K)."""
+
+    logq_a: Tensor
+    ids: Tensor
+    logq: Tensor
+
+
+def of_tokens(logp: Tensor | Scores, tokens: Tensor) -> Tensor:
+    """(B, T, V) read at the response's tokens (B, T) -> (B, T)."""
+    if isinstance(logp, Scores):
+        return logp.logq_a
     return logp.gather(-1, tokens[..., None]).squeeze(-1)
+
+
+def read_law(logq: Tensor | Scores, ids: Tensor, valid: Tensor) -> Tensor:
+    """Log-probs at ids (B, T, K) -> (B, T, K); where valid is false the value means nothing.
+
+    ValueError when a valid id is not listed in a sparse teacher's Scores.
+    """
+    if isinstance(logq, Tensor):
+        return logq.gather(-1, ids)
+    same = ids[..., :, None] == logq.ids[..., None, :]  # (B, T, K, listed)
+    if (valid & ~same.any(-1)).any():
+        wanted, listed = ids.shape[-1], logq.ids.shape[-1]
+        raise ValueError(
+            f"the teacher lists k = {listed} tokens a state and some of the {wanted} asked for are "
+            f"not among them: score those ids, or k up to the whole vocabulary"
+        )
+    return logq.logq.gather(-1, same.int().argmax(-1))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -940,6 +1056,126 @@ def entropy(logp: Tensor) -> Tensor:
     return -reduce(logp.exp() * logp, "... v -> ...", "sum")
 
 
+@dataclass
+class Support:
+    """The tokens at which the laws are compared: ids (B, T, K); valid false: not a member."""
+
+    ids: Tensor
+    valid: Tensor
+
+
+def top_k_support(
+    logp: Tensor, logq: Tensor | Scores, k: int,
+    source: Literal["student", "teacher", "union", "intersection"] = "student",
+) -> Support:  # fmt: skip
+    """The k likeliest tokens of the student, the teacher, either (2k wide) or both.
+
+    logp (B, T, V); logq the same, or Scores, of which the k best are taken; 1 <= k <= V, or as many
+    as Scores list, else ValueError.  A token in both top k is valid once.  [code: thunlp/OPD, whose
+    default is the student's top 16]
+    """
+
+    def best(law: Tensor | Scores) -> Tensor:
+        values = law.logq if isinstance(law, Scores) else law
+        if not 1 <= k <= values.shape[-1]:
+            raise ValueError(f"k = {k}: must be 1 to {values.shape[-1]}, the tokens scored a state")
+        top = values.topk(k).indices
+        return law.ids.gather(-1, top) if isinstance(law, Scores) else top
+
+    if source not in ("student", "teacher", "union", "intersection"):
+        raise ValueError(f"source = {source!r}: must be student, teacher, union or intersection")
+    ids = best(logq if source == "teacher" else logp)
+    everywhere = torch.ones_like(ids, dtype=torch.bool)
+    if source in ("student", "teacher"):
+        return Support(ids, everywhere)
+    other = best(logq)
+    same = ids[..., :, None] == other[..., None, :]  # (B, T, k of the student, k of the teacher)
+    if source == "intersection":
+        return Support(ids, same.any(-1))
+    return Support(torch.cat([ids, other], -1), torch.cat([everywhere, ~same.any(-2)], -1))
+
+
+def kl_on_support(first: Tensor, second: Tensor, valid: Tensor, tail: str) -> Tensor:
+    """KL(first||second) for log-probs read on a support, (B, T, K) each -> (B, T).
+
+        renormalise   both laws divided by their mass on the support; blind to that mass
+        bucket        all that is left out counts as one more token: between 0 and the full KL
+
+    An empty support gives 0.  Left-out mass that rounds to 0 or below counts as 0.  [derived]
+    """
+    if tail not in ("renormalise", "bucket"):
+        raise ValueError(f"tail = {tail!r}: must be renormalise or bucket for this divergence")
+    if tail == "renormalise":
+        least = torch.finfo(first.dtype).min  # finite, so that gradients are
+        first, second = (
+            torch.log_softmax(x.masked_fill(~valid, least), -1) for x in (first, second)
+        )
+    kl = torch.where(valid, first.exp() * (first - second), 0.0).sum(-1)
+    if tail == "renormalise":
+        return kl
+    left = [1 - torch.where(valid, x.exp(), 0.0).sum(-1) for x in (first, second)]
+    some = (left[0] > 0) & (left[1] > 0)
+    one, other = (torch.where(some, x, 1.0) for x in left)
+    return kl + one * (one.log() - other.log()) * some
+
+
+def truncated_reverse_kl(
+    logp: Tensor, logq: Tensor | Scores, support: Support,
+    tail: Literal["stop_gradient", "generalised", "renormalise", "bucket"] = "bucket",
+) -> Tensor:  # fmt: skip
+    """Reverse KL on a support S: (B, T, V) -> (B, T); what becomes of the rest is `tail`.
+
+        stop_gradient   gradient sum_S p l grad log p: the rest has no say.  [code: thunlp/OPD]
+        generalised     sum_S (p l - p + q): the same gradient from a loss that is never negative
+                        [secondary: MOPD 2606.30406 eq. 5]
+        renormalise     KL(p/P || q/Q) on S [secondary: 2604.13016 eq. 5; code: 2603.25562]
+        bucket          the rest as one token [code: TRL add_tail]
+
+    l = log p - log q, P and Q the two masses on S; S is a constant.  Plainly differentiating
+    sum_S p l instead has the extra gradient grad P and drives mass out of S even at p = q
+    [derived; code: verl #5041].  logq may be Scores that list all of S.
+    """
+    lp, lq = logp.gather(-1, support.ids), read_law(logq, support.ids, support.valid)
+    if tail == "stop_gradient":  # the value is sum_S p l; l log p alone would have any sign
+        terms = (lp.exp() * (lp - lq)).detach() * (1 + lp - lp.detach())
+    elif tail == "generalised":
+        terms = lp.exp() * (lp - lq) - lp.exp() + lq.exp()
+    else:
+        return kl_on_support(lp, lq, support.valid, tail)
+    return torch.where(support.valid, terms, 0.0).sum(-1)
+
+
+def truncated_forward_kl(
+    logp: Tensor, logq: Tensor | Scores, support: Support,
+    tail: Literal["renormalise", "bucket"] = "bucket",
+) -> Tensor:  # fmt: skip
+    """Forward KL on a support: (B, T, V) -> (B, T), at least 0; the tails of `kl_on_support`.
+
+    The bare sum_S q (log q - log p) is negative where P > Q, and its gradient does not vanish at
+    p = q [code: verl #7855; derived].
+    """
+    lp, lq = logp.gather(-1, support.ids), read_law(logq, support.ids, support.valid)
+    return kl_on_support(lq, lp, support.valid, tail)
+
+
+def overlap_ratio(logp: Tensor, logq: Tensor | Scores, k: int) -> Tensor:
+    """Share of the student's k likeliest tokens that the teacher's k likeliest hold: (B, T).
+
+    |S_p and S_q| / k, between 0 and 1.  [secondary: 2604.13016 eq. 6]
+    """
+    return top_k_support(logp, logq, k, "intersection").valid.to(logp).mean(-1)
+
+
+def overlap_mass(logp: Tensor, logq: Tensor | Scores, k: int) -> tuple[Tensor, Tensor]:
+    """Student's and teacher's mass on the tokens that both top k hold: (B, T) each.
+
+    [secondary: 2604.13016 eq. 9 and 10]
+    """
+    both = top_k_support(logp, logq, k, "intersection")
+    laws = logp.gather(-1, both.ids), read_law(logq, both.ids, both.valid)
+    return tuple(torch.where(both.valid, law.exp(), 0.0).sum(-1) for law in laws)
+
+
 # ------------------------------------------------------------------------------------------------
 # §5  Route B: a policy gradient on the log-ratio
 # ------------------------------------------------------------------------------------------------
@@ -954,15 +1190,80 @@ def log_ratio_reward(logp_a: Tensor, logq_a: Tensor) -> Tensor:
     return (logq_a - logp_a).detach()
 
 
+def divergence_advantage(
+    logp_a: Tensor, logq_a: Tensor, divergence: str = "reverse_kl", beta: float = 0.5
+) -> Tensor:
+    """The advantage with which a policy gradient descends sum_v q f(p/q): A = -f'(p/q), detached.
+
+        reverse_kl   log q - log p              forward_kl   q / p
+        jsd          -(1 - beta) log(p/m), m = beta q + (1 - beta) p
+
+    (B, T) -> (B, T), each up to a constant, which does not matter.  The common recipe f(u)/u in
+    place of f'(u) is right for the reverse KL only.  [secondary: OPD+ 2606.01039, the claim;
+    derived: the advantages]
+    """
+    if divergence == "jsd":
+        share = torch.stack([logp_a + math.log(1 - beta), logq_a + math.log(beta)])
+        return (-(1 - beta) * (logp_a - share.logsumexp(0))).detach()
+    reward = log_ratio_reward(logp_a, logq_a)
+    return {"reverse_kl": reward, "forward_kl": reward.exp()}[divergence]
+
+
+def kl_baseline(logp: Tensor, logq: Tensor) -> Tensor:
+    """The state's value under immediate credit, E_a[r] = -KL(p||q), detached: (B, T, V) -> (B, T).
+
+    The advantage is reward - kl_baseline: the same expected gradient, since the baseline does not
+    depend on the token; not the baseline of least variance.  [secondary: vOPD 2605.07865; derived]
+    """
+    return -reverse_kl(logp, logq).detach()
+
+
 def leave_one_out(reward: Tensor, samples: int) -> Tensor:
-    """Reward minus the mean reward of the prompt's other samples: (B,) -> (B,).
+    """Reward minus the mean of the prompt's other samples: (B,), or (B, T) position by position.
 
     Rows come prompt by prompt, `samples` (at least 2) each.  The baseline does not see its own
     row, so the policy gradient stays unbiased.  [derived]
     """
-    groups = rearrange(reward, "(prompt s) -> prompt s", s=samples)
+    groups = rearrange(reward, "(prompt s) ... -> prompt s ...", s=samples)
     others = (groups.sum(1, keepdim=True) - groups) / (samples - 1)
-    return rearrange(groups - others, "prompt s -> (prompt s)")
+    return rearrange(groups - others, "prompt s ... -> (prompt s) ...")
+
+
+def gae(
+    reward: Tensor, value: Tensor, mask: Tensor, gamma: float, lam: float,
+    bootstrap: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Generalised advantages of the log-ratio reward: GAE-OPD.  -> (advantage, value target).
+
+        delta_t = r_t + gamma V_{t+1} - V_t      A_t = delta_t + gamma lam A_{t+1}
+        target_t = A_t + V_t
+
+    All (B, T), detached, 0 where masked; gamma, lam in [0, 1].  V_{t+1} of the last valid token is
+    bootstrap (B,), or 0: right after a true EOS, while after a horizon's cut the value goes on.
+    lam = 1: return minus V.  gamma = 0: r - V for every lam (V = -KL is vOPD).  lam < 1 adds the
+    critic's bias.  For 0 < gamma < 1 and moving states the expectation is an update direction, in
+    general the gradient of nothing.  [reconstruction: the survey calls GAE-OPD a hypothesis;
+    derived: the limits]
+    """
+    reward, value = reward.detach(), value.detach()
+    advantage, carry = torch.zeros_like(reward), torch.zeros_like(reward[:, 0])
+    after = carry if bootstrap is None else bootstrap.detach()
+    for t in reversed(range(reward.shape[1])):
+        delta = reward[:, t] + gamma * after - value[:, t]
+        carry = torch.where(mask[:, t], delta + gamma * lam * carry, carry)
+        after = torch.where(mask[:, t], value[:, t], after)
+        advantage[:, t] = carry
+    return torch.where(mask, advantage, 0.0), torch.where(mask, advantage + value, 0.0)
+
+
+def discounted_return(reward: Tensor, mask: Tensor, gamma: float) -> Tensor:
+    """sum_{k >= 0} gamma^k r_{t+k}: (B, T) -> (B, T), detached, 0 where masked.
+
+    gamma 0: immediate credit, the gradient of each visited state's KL, what nearly everybody runs;
+    1: return-to-go, the exact gradient of the sequence KL, with far more variance.
+    [paper 2605.11739; derived]
+    """
+    return gae(reward, torch.zeros_like(reward), mask, gamma, lam=1.0)[0]
 
 
 def policy_gradient_loss(
@@ -998,8 +1299,121 @@ def policy_gradient_loss(
 
 
 # ------------------------------------------------------------------------------------------------
-# §7  Aggregation: from (B, T) to one number
+# §6  Vocabulary routing: where suppressed probability goes
 # ------------------------------------------------------------------------------------------------
+
+
+def candidates(
+    logp: Tensor, logq: Tensor | Scores, action: Tensor, top_k: int, min_prob: float, target: str
+) -> tuple[Tensor, Tensor]:
+    """ids (B, T, K) and the share r (B, T, K) of each, 0 off the candidate set; detached."""
+    teacher = top_k_support(logp, logq, top_k, "teacher")
+    p = logp.detach().gather(-1, teacher.ids).exp()
+    q = read_law(logq, teacher.ids, teacher.valid).detach().exp()
+    if target not in ("teacher", "deficit"):
+        raise ValueError(f"target = {target!r}: must be teacher or deficit")
+    member = (teacher.ids != action[..., None]) & (p >= min_prob) & (q > p)
+    share = torch.where(member, q if target == "teacher" else q - p, 0.0)
+    return teacher.ids, share / share.sum(-1, keepdim=True).clamp(min=torch.finfo(p.dtype).tiny)
+
+
+def routing_target(
+    logp: Tensor, logq: Tensor | Scores, action: Tensor, *, top_k: int, min_prob: float,
+    target: Literal["teacher", "deficit"] = "teacher",
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Who receives the mass taken from token a: r (B, T, V), and open (B, T), false if nobody does.
+
+        C = {v != a: v in the teacher's top_k, p(v) >= min_prob, q(v) > p(v)}
+        r(v) = q(v) / sum_C q  ("teacher")  or  (q - p) / sum_C (q - p)  ("deficit"),  0 off C
+
+    Teacher-supported, student-reachable, under-weighted.  Detached.  [reconstruction, see
+    `cr_opd_loss`]
+    """
+    ids, share = candidates(logp, logq, action, top_k, min_prob, target)
+    r = torch.zeros_like(logp, requires_grad=False).scatter(-1, ids, share)
+    return r, share.sum(-1) > 0
+
+
+def cr_opd_loss(
+    logp: Tensor, logq: Tensor | Scores, action: Tensor, *, rho: float = 1.0, top_k: int,
+    min_prob: float, target: Literal["teacher", "deficit"] = "teacher", delta: float = 0.0,
+    advantage: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Counterfactual Routed OPD: negative feedback names who gets the mass; (B, T, V) -> (B, T).
+
+        A >= -delta, or nobody to route to:   -A log p(a)
+        else                                  |A| (log p(a) - rho sum_C r(v) log p(v))
+
+    Logit gradient |A| (e_a - rho r - (1 - rho) p): plain suppression (rho = 0) hands the mass out
+    in proportion to p, so the favourite grows and a rare token that the teacher wants may even
+    shrink; rho = 1 moves only a and C.  Not an unbiased reverse KL: it adds the cross-entropy
+    -m sum r log p, m = sum_v p(v) max(l(v), 0).  advantage: (B, T) of any credit; None: log q(a) -
+    log p(a).  rho in [0, 1], delta >= 0.
+    [reconstruction: of the survey only the sentence "routes probability mass toward
+    teacher-supported, student-reachable alternatives" was readable; this form is the simplest that
+    does so, sums to 0 over the vocabulary and vanishes at p = q; derived: its properties]
+    """
+    logp_a = of_tokens(logp, action)
+    if advantage is None:
+        advantage = log_ratio_reward(logp_a, of_tokens(logq, action))
+    advantage = advantage.detach()
+    ids, share = candidates(logp, logq, action, top_k, min_prob, target)
+    routed = -advantage * (logp_a - rho * (share * logp.gather(-1, ids)).sum(-1))
+    return torch.where((share.sum(-1) > 0) & (advantage < -delta), routed, -advantage * logp_a)
+
+
+# ------------------------------------------------------------------------------------------------
+# §7  Gates, weights, regularizers, aggregation: from (B, T) to one number
+# ------------------------------------------------------------------------------------------------
+
+
+def position_weights(reward: Tensor, mask: Tensor, gamma: float = 0.5) -> Tensor:
+    """IW-OPD: early tokens weigh more, (B, T), from 1 + gamma down to 1; detached.
+
+    w_t = 1 + gamma (1 - sum_{s<t} |r_s| / sum_s |r_s|): a token loses weight as its row drifts from
+    the teacher.  1 + gamma where all rewards are 0.  gamma >= 0, the paper's .5.
+    [code: TRL's IW-OPD, 2606.22600]
+    """
+    size = torch.where(mask, reward.detach().abs(), 0.0)
+    drift, whole = size.cumsum(-1) - size, size.sum(-1, keepdim=True)
+    return 1 + gamma * (1 - drift / whole.clamp(min=torch.finfo(size.dtype).tiny))
+
+
+def prune_weights(overlap: Tensor, mask: Tensor, tau: float, decay: float) -> Tensor:
+    """Prune-OPD: each token of low overlap takes `decay` off its own and all later weights, (B, T).
+
+    w_t = clip(1 - decay #{s <= t: overlap_s < tau}, 0, 1), non-increasing.  The paper's tau .7,
+    decay .01 at top 16; its loss weight adds a base of .5.  [code: a copy of 2605.07804's]
+    """
+    low = mask & (overlap < tau)
+    return (1 - decay * low.cumsum(-1)).clamp(0, 1).to(overlap)
+
+
+def entropy_gate(logq: Tensor, threshold: float) -> Tensor:
+    """True where the teacher is undecided: H(q) > threshold nats; (B, T, V) -> (B, T) bool.
+
+    EOPD adds a forward KL there; its threshold is .8.  [secondary: EOPD 2603.07079]
+    """
+    return entropy(logq) > threshold
+
+
+def truncated_importance_weights(logp_a: Tensor, engine_logp: Tensor, cap: float) -> Tensor:
+    """min(p(a) / p_engine(a), cap), detached: the trainer's law over the sampling engine's, (B, T).
+
+    Corrects text that another engine, or a nucleus, drew.  cap > 0: 5 in EffOPD [paper 2605.11739],
+    3 in TRL [code].
+    """
+    return (logp_a - engine_logp).exp().clamp(max=cap).detach()
+
+
+def tilted_teacher(logq: Tensor, logref: Tensor, scale: float) -> Tensor:
+    """ExOPD's target, not normalised: scale log q + (1 - scale) log ref, nats, any shape.
+
+    As a reward less log p(a) it is scale (log q - log ref) - (log p - log ref).  The optimum is
+    p ~ q^scale ref^(1 - scale): 1 is OPD whatever the reference, above 1 (the paper's 1.25) goes on
+    past the teacher, away from the reference.  [code and secondary: G-OPD 2602.12125]
+    """
+    return scale * logq + (1 - scale) * logref
 
 
 def masked_mean(
@@ -1053,17 +1467,40 @@ def horizon_at(step: int, config: Config, history: list[dict] | None = None) -> 
 
 
 # ------------------------------------------------------------------------------------------------
+# §10  Diagnostics
+# ------------------------------------------------------------------------------------------------
+
+
+def overlap_advantage(logp: Tensor, logq: Tensor | Scores, k: int) -> Tensor:
+    """-KL(p'||q') / n on the n tokens that both top k hold, both renormalised there: (B, T), <= 0.
+
+    The mean over the overlap of p' (log q' - log p'); 0 where n is 0 or 1.  Near 0 is good.  The
+    verl metric of the same name differs: -q (log q - log p), not renormalised [code].
+    [secondary: 2604.13016 eq. 7; derived: the closed form]
+    """
+    both = top_k_support(logp, logq, k, "intersection")
+    lp, lq = logp.gather(-1, both.ids), read_law(logq, both.ids, both.valid)
+    return -kl_on_support(lp, lq, both.valid, "renormalise") / both.valid.sum(-1).clamp(min=1)
+
+
+def entropy_gap(logp: Tensor, logq: Tensor) -> Tensor:
+    """|H(q) - H(p)|: (B, T, V) -> (B, T), nats.  [secondary: 2604.13016 eq. 8]"""
+    return (entropy(logq) - entropy(logp)).abs()
+
+
+# ------------------------------------------------------------------------------------------------
 # §12  Training: the step, the loop, evaluation, checkpoints, the files of a run
 # ------------------------------------------------------------------------------------------------
 
 VALIDATION_PROMPTS, EVALUATION_ROWS, SHOWN_SAMPLES = 256, 512, 4
 CHUNK_LOGITS, CHUNK_TOKENS = 2**22, 16  # logits held at once, but at least so many tokens
+PRUNE_BASE, UNSUPPORTED = 0.5, 1e-3  # Prune-OPD's base weight; below it the teacher means no
 DTYPES = dict(fp32=torch.float32, fp16=torch.float16, bf16=torch.bfloat16)
 
 
 @dataclass
 class World:
-    """What a run works with: both models, the tokenizer, the task, and what check_pair settled."""
+    """What a run works with: models, tokenizer, task, and what check_pair settled."""
 
     student: Module
     teacher: Module | None
@@ -1071,11 +1508,18 @@ class World:
     task: Task
     law: dict[str, Any]  # eos_ids, vocab_size: what every `sample` of the run shares
     autocast: torch.dtype | None  # of the student's passes; None: fp32
+    reference: Module | None = None  # frozen
+    critic: Module | None = None  # V(s) from the student's hidden states, for baseline = "value"
 
     def precision(self) -> Any:
         """The student's autocast context."""
         on, kind = self.autocast is not None, self.student.device.type
         return torch.autocast(kind, dtype=self.autocast or torch.bfloat16, enabled=on)
+
+    def trained(self) -> torch.nn.ModuleDict:
+        """What learns, by name: the student and, where there is one, the critic."""
+        parts = dict(student=self.student, critic=self.critic)
+        return torch.nn.ModuleDict({name: part for name, part in parts.items() if part is not None})
 
 
 @dataclass
@@ -1112,10 +1556,35 @@ def load_world(config: Config) -> World:
             student, teacher, tokenizer, load_tokenizer(config.teacher, "teacher")
         )
         eos_ids = sorted({*eos_ids, *eos_ids_of(teacher)})
+    if config.top_k > vocab_size and uses_top_k(config):
+        raise InputError(f"top_k = {config.top_k}: must be at most the vocabulary's {vocab_size}")
+    reference = critic = None
+    if config.reference is not None:
+        name = config.student if config.reference == "student" else config.reference
+        reference = load_model(name, "teacher", device=device)
+        check_pair(student, reference, tokenizer, load_tokenizer(name, "reference"))
+    if config.baseline == "value":
+        width = student.get_input_embeddings().weight.shape[1]
+        critic = torch.nn.utils.skip_init(torch.nn.Linear, width, 1, device=device)
+        torch.nn.init.zeros_(critic.weight), torch.nn.init.zeros_(critic.bias)
     bf16 = config.precision == "auto" and cuda and torch.cuda.is_bf16_supported()
     autocast = torch.bfloat16 if bf16 or config.precision == "bf16" else None
     law = dict(eos_ids=eos_ids, vocab_size=vocab_size)
-    return World(student, teacher, tokenizer, task, law, autocast)
+    return World(student, teacher, tokenizer, task, law, autocast, reference, critic)
+
+
+def uses_top_k(c: Config) -> bool:
+    """Does any part of the update read the top_k likeliest tokens?"""
+    parts = c.support != "full", c.negative != "suppress", c.weighting == "overlap"
+    return any(parts) or c.entropy_threshold is not None
+
+
+def make_optimizer(config: Config, world: World) -> AdamW:
+    """AdamW over the student, and with a critic over it too, at its own constant rate."""
+    groups = [dict(params=[*world.student.parameters()])]
+    if world.critic is not None:
+        groups.append(dict(params=[*world.critic.parameters()], lr=config.value_lr))
+    return AdamW(groups, config.lr, (0.9, config.beta2), weight_decay=config.weight_decay)
 
 
 def step_prompts(config: Config, task: Task, step: int) -> Prompts:
@@ -1166,69 +1635,191 @@ def make_states(config: Config, world: World, prompts: Prompts, step: int, horiz
     return take(join(parts), torch.cat([*rows.values()]).argsort())
 
 
-def score_chunks(
-    config: Config, world: World, rollout: Rollout, rows: Tensor, lap: Callable[[str], None]
-) -> Iterator[tuple[tuple[Tensor, Tensor], Tensor, Tensor | None]]:
-    """Both models' laws at the response tokens of some rows, a chunk of n tokens at a time.
+def micro_batches(config: Config) -> tuple[Tensor, ...]:
+    """The rows of each backward pass."""
+    return torch.arange(config.batch_size).split(config.micro_batch or config.batch_size)
 
-    Yields at (row and column of each token), logp (n, V) with gradient, logq (n, V) or None.  The
-    caller calls backward on each chunk's loss, which frees the chunk; the gradient that has
-    gathered at the hidden states then goes on through the student's layers, once.  So no more than
-    one chunk of logits exists at a time, and loss and gradient are those of the whole.
+
+def score_chunks(
+    config: Config, world: World, rollout: Rollout, rows: Tensor, kept: dict, lap: Callable,
+    states: Tensor | None = None,
+) -> Iterator[tuple[tuple[Tensor, Tensor], Tensor, Tensor | None, Tensor | None]]:  # fmt: skip
+    """The models' laws at the response tokens of some rows, a chunk of n tokens at a time.
+
+    Yields at (row and column of each token), logp (n, V) with gradient, logq and log ref (n, V) or
+    None.  The caller calls backward on each chunk's loss, which frees the chunk; the gradient that
+    has gathered at the hidden states then goes on through the student's layers, once.  So no more
+    than one chunk of logits exists at a time, and loss and gradient are those of the whole.
+
+    kept: the frozen models' hidden states of rows that are read more than once.  states (b, T, D):
+    the student's, where they are known; under no_grad nothing is differentiated.
     """
     part, vocab_size = take(rollout, rows), world.law["vocab_size"]
     law = dict(temperature=config.temperature, vocab_size=vocab_size)
     row, column = part.mask.nonzero(as_tuple=True)  # N tokens
-    teacher = exact = None
+    frozen = (world.teacher if config.feedback == "teacher" else None, world.reference)
     with torch.no_grad():
-        if config.feedback == "teacher":
-            teacher = hidden_states(world.teacher, part)[row, column]  # (N, D)
-        elif config.feedback == "law":
-            exact = world.task.law(part)[row, column]
+        hidden = kept.get(int(rows[0]))
+        if hidden is None:
+            hidden = [model and hidden_states(model, part)[row, column] for model in frozen]
+        if config.updates_per_rollout > 1 or looks_ahead(config):
+            kept[int(rows[0])] = hidden  # (N, D) each
+        exact = world.task.law(part)[row, column] if config.feedback == "law" else None
     lap("score_s")
     with world.precision():
-        whole = hidden_states(world.student, part)[row, column]
-    hidden = whole.detach().requires_grad_()
-    size = max(CHUNK_TOKENS, CHUNK_LOGITS // vocab_size)
-    for n in torch.arange(len(row), device=row.device).split(size):
+        whole = (hidden_states(world.student, part) if states is None else states)[row, column]
+    own = whole.detach().requires_grad_()
+    for n in torch.arange(len(row), device=row.device).split(
+        max(CHUNK_TOKENS, CHUNK_LOGITS // vocab_size)
+    ):
         lap("update_s")
         with torch.no_grad():
-            logq = None if exact is None else exact[n]
-            if teacher is not None:
-                logq = law_of(world.teacher, teacher[n], **law)
+            pairs = zip(frozen, hidden, strict=True)
+            logq, logref = (model and law_of(model, h[n], **law) for model, h in pairs)
         lap("score_s")
         with world.precision():
-            logp = law_of(world.student, hidden[n], **law)
-        yield (rows.to(row.device)[row[n]], column[n]), logp, logq
-    whole.backward(hidden.grad)
+            logp = law_of(world.student, own[n], **law)
+        yield (
+            (rows.to(row.device)[row[n]], column[n]),
+            logp,
+            logq if exact is None else exact[n],
+            logref,
+        )
+    if own.grad is not None:
+        whole.backward(own.grad)
+
+
+def token_table(config: Config, rollout: Rollout, right: Tensor) -> dict[str, Tensor]:
+    """What is known of each token, name -> (B, T), before any model has scored it."""
+    weight = token_weights(rollout.mask, config.aggregation)
+    blank, reward = torch.zeros_like(weight), verifier_reward(config, right).to(weight)
+    return dict(
+        action=rollout.tokens, engine=rollout.logprobs, weight=weight, emphasis=blank + 1,
+        advantage=blank + reward[:, None], before=blank, overlap=blank.clone(),
+    )  # fmt: skip
+
+
+def first_look(
+    c: Config, table: dict[str, Tensor], at: Any, logp: Tensor, logq: Tensor | None,
+    logref: Tensor | None,
+) -> None:  # fmt: skip
+    """Note in the table, before the first update: log p(a), its immediate advantage, weights."""
+    action, logp_a = table["action"][at], of_tokens(logp, table["action"][at]).detach()
+    table["before"][at] = logp_a
+    if c.importance_cap:
+        weights = truncated_importance_weights(logp_a, table["engine"][at], c.importance_cap)
+        table["emphasis"][at] = weights
+    if logq is None:
+        return
+    if c.weighting == "overlap":
+        table["overlap"][at] = overlap_ratio(logp.detach(), logq, c.top_k)
+    target = logq if c.reward_scale == 1 else tilted_teacher(logq, logref, c.reward_scale)
+    kind = c.divergence if c.route == "policy_gradient" else "reverse_kl"
+    advantage = divergence_advantage(logp_a, of_tokens(target, action), kind, c.beta)
+    table["advantage"][at] = advantage
+    if c.baseline == "kl":
+        table["advantage"][at] = advantage - kl_baseline(logp, target)
+
+
+def looks_ahead(c: Config) -> bool:
+    """Does a token's credit or weight depend on the row's other tokens, or on other rows?"""
+    others = c.baseline == "value" or (c.baseline != "none" and c.feedback == "teacher" != "kl")
+    return bool(c.gamma) or c.weighting != "none" or others
+
+
+def look_ahead(
+    config: Config, world: World, rollout: Rollout, table: dict[str, Tensor], kept: dict, step: int,
+    lap: Callable,
+) -> float:  # fmt: skip
+    """Credit and weights that need whole rows: one reading of the batch without gradient.
+
+    Changes the table's advantage and emphasis.  With a critic: its gradient is left in place, and
+    its loss, half the squared error to the GAE target, is returned (else 0).
+    """
+    mask, critic, values = rollout.mask, world.critic, []
+    for rows in micro_batches(config):
+        states = None
+        with torch.no_grad():
+            if critic is not None:
+                with world.precision():
+                    states = hidden_states(world.student, take(rollout, rows), beyond=True)
+            for at, *laws in score_chunks(
+                config, world, rollout, rows, kept, lap, None if states is None else states[:, :-1]
+            ):
+                first_look(config, table, at, *laws)
+        if critic is not None:
+            values.append(critic(states.float()).squeeze(-1))  # (b, T + 1)
+    reward, loss = table["advantage"], 0.0
+    if config.weighting == "position":
+        table["emphasis"] *= position_weights(reward, mask, config.weight_strength)
+    if config.weighting == "overlap":
+        low = prune_weights(
+            table["overlap"], mask, config.overlap_threshold, config.weight_strength
+        )
+        table["emphasis"] *= low + PRUNE_BASE
+    if critic is not None:
+        value = torch.cat(values)
+        after = value.gather(1, mask.sum(1, keepdim=True)).squeeze(1)  # (B,)
+        bootstrap = torch.where(rollout.finished, 0.0, after)
+        credit = dict(gamma=config.gamma, lam=config.gae_lambda, bootstrap=bootstrap)
+        table["advantage"], target = gae(reward, value[:, :-1], mask, **credit)
+        error = masked_mean((value[:, :-1] - target) ** 2, mask) / 2
+        error.backward()
+        loss = error.item()
+    if critic is None or step < config.value_warmup:
+        table["advantage"] = discounted_return(reward, mask, config.gamma)
+    if config.baseline == "leave_one_out":
+        table["advantage"] = leave_one_out(table["advantage"], config.samples_per_prompt)
+    return loss
 
 
 def token_loss(
-    c: Config, logp: Tensor, logq: Tensor | None, action: Tensor, reward: Tensor, before: Tensor
+    c: Config, logp: Tensor, logq: Tensor | None, logref: Tensor | None, now: dict[str, Tensor]
 ) -> Tensor:
-    """Feedback to loss for n tokens, (n,): the one place where the routes part.
+    """Feedback to loss for n tokens, (n,): the one place where the variables meet.
 
-    logp (n, V) with gradient; logq (n, V) where there is a teacher; action (n,) the tokens written;
-    reward (n,) of the verifier less its baseline; before (n,) log p(a) before the first update.
+    logp (n, V) with gradient; logq, logref (n, V) where there is such a model; now: the table's
+    rows of these tokens, (n,) each.
     """
+    action, advantage = now["action"], now["advantage"]
     logp_a = of_tokens(logp, action)
     if c.feedback == "imitation":
-        return -logp_a
-    if c.route == "direct":
-        if c.divergence == "jsd":
-            return jsd(logp, logq, c.beta)
-        return {"reverse_kl": reverse_kl, "forward_kl": forward_kl}[c.divergence](logp, logq)
-    if c.feedback == "verifier":
-        advantage = reward.to(logp_a)
+        loss = -logp_a
+    elif c.route == "direct":
+        loss = direct_loss(c, logp, logq, logref)
+    elif c.negative == "route":
+        reach = dict(rho=c.rho, top_k=c.top_k, min_prob=c.min_prob)
+        loss = cr_opd_loss(logp, logq, action, advantage=advantage, **reach)
     else:
-        advantage = log_ratio_reward(before, of_tokens(logq, action))
-    behaviour, valid = before if c.importance_ratio else None, torch.ones_like(action).bool()
-    return policy_gradient_loss(logp_a, advantage, valid, behaviour, c.clip)
+        behaviour, valid = now["before"] if c.importance_ratio else None, advantage == advantage
+        loss = policy_gradient_loss(logp_a, advantage, valid, behaviour, c.clip)
+    if c.negative == "local_kl" or c.entropy_threshold is not None:
+        teachers = top_k_support(logp, logq, c.top_k, "teacher")
+        local = truncated_forward_kl(logp, logq, teachers, "bucket")
+        if c.negative == "local_kl":
+            loss = torch.where(advantage > 0, loss, local)
+        if c.entropy_threshold is not None:
+            loss = loss + entropy_gate(logq, c.entropy_threshold) * local
+    if c.reference_kl:
+        loss = loss + c.reference_kl * reverse_kl(logp, logref)
+    return loss - c.entropy_bonus * entropy(logp) if c.entropy_bonus else loss
+
+
+def direct_loss(c: Config, logp: Tensor, logq: Tensor, logref: Tensor | None) -> Tensor:
+    """Route A: the divergence on its support, (n, V) -> (n,)."""
+    if c.reward_scale != 1:
+        logq = tilted_teacher(logq, logref, c.reward_scale).log_softmax(-1)
+    if c.divergence == "jsd":
+        return jsd(logp, logq, c.beta)
+    if c.support == "full":
+        return {"reverse_kl": reverse_kl, "forward_kl": forward_kl}[c.divergence](logp, logq)
+    kind = {"reverse_kl": truncated_reverse_kl, "forward_kl": truncated_forward_kl}[c.divergence]
+    return kind(logp, logq, top_k_support(logp.detach(), logq, c.top_k, c.support), c.tail)
 
 
 def verifier_reward(config: Config, right: Tensor) -> Tensor:
     """1 for a right response, 0 for a wrong one, less the baseline: (B,) -> (B,)."""
-    loo = config.baseline == "leave_one_out"
+    loo = config.baseline == "leave_one_out" and config.feedback == "verifier"
     return leave_one_out(right.float(), config.samples_per_prompt) if loo else right.float()
 
 
@@ -1258,20 +1849,21 @@ def train_step(config: Config, world: World, optimizer: AdamW, step: int, histor
     lap, prompts = stopwatch(seconds), step_prompts(config, world.task, step)
     rollout = make_states(config, world, prompts, step, horizon)  # STATES: who writes
     right = world.task.verify(prompts, rollout)  # (B,)
-    reward = verifier_reward(config, right).to(rollout.tokens.device)  # (B,)  FEEDBACK
-    weight = token_weights(rollout.mask, config.aggregation)  # (B, T)
-    before = torch.zeros_like(weight)  # log p(a) before this rollout's first update
     lap("sample_s")
+    table, kept, ahead = token_table(config, rollout, right), {}, looks_ahead(config)
+    if ahead:  # CREDIT and WEIGHTS that need whole rows
+        sums["value_loss"] = look_ahead(config, world, rollout, table, kept, step, lap)
     for update in range(config.updates_per_rollout):
-        for rows in torch.arange(len(right)).split(config.micro_batch or len(right)):
-            for at, logp, logq in score_chunks(config, world, rollout, rows, lap):  # SCORES (n, V)
-                action = rollout.tokens[at]  # (n,)
-                if update == 0:
-                    before[at] = of_tokens(logp, action).detach()
-                loss = token_loss(config, logp, logq, action, reward[at[0]], before[at])  # CREDIT
-                loss = (loss * weight[at]).sum()  # WEIGHTS
+        for rows in micro_batches(config):
+            for at, *laws in score_chunks(config, world, rollout, rows, kept, lap):  # SCORES (n, V)
+                if update == 0 and not ahead:  # FEEDBACK and CREDIT, each token's own
+                    first_look(config, table, at, *laws)
+                now = {name: values[at] for name, values in table.items()}  # (n,) each
+                loss = token_loss(config, *laws, now)  # ROUTE, SUPPORT, ROUTING, GATES
+                loss = (loss * now["emphasis"] * now["weight"]).sum()  # WEIGHTS
                 loss.backward()
-                add_diagnostics(sums, update, loss.item(), logp.detach(), logq, action)
+                if update == 0:
+                    add_diagnostics(config, sums, now, loss.item(), *laws)
         update_student(config, world.student, optimizer, step, sums)  # UPDATE
         lap("update_s")
     return step_metrics(config, world, step, horizon, rollout, right, sums) | seconds
@@ -1286,8 +1878,7 @@ def update_student(c: Config, student: Module, optimizer: AdamW, step: int, sums
     if not math.isfinite(sums["loss"] + norm):
         at = f"step {step + 1}: loss {sums['loss']}, gradient norm {norm}"
         raise TrainingStopped(f"{at}: must be finite")
-    for group in optimizer.param_groups:
-        group["lr"] = lr_at(step, c)
+    optimizer.param_groups[0]["lr"] = lr_at(step, c)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     sums["grad_norm"] = norm
@@ -1295,19 +1886,29 @@ def update_student(c: Config, student: Module, optimizer: AdamW, step: int, sums
 
 @torch.no_grad()
 def add_diagnostics(
-    sums: Counter, update: int, loss: float, logp: Tensor, logq: Tensor | None, action: Tensor
-) -> None:
-    """Add a chunk's loss, and at the first update its sums over tokens: entropies, KL, reward."""
+    c: Config, sums: Counter, now: dict[str, Tensor], loss: float, logp: Tensor,
+    logq: Tensor | None, logref: Tensor | None,
+) -> None:  # fmt: skip
+    """Add a chunk's loss and its sums over tokens: entropies, KL, reward, open gates, weights."""
+    p, dot = logp.detach().exp(), torch.linalg.vecdot
     sums["loss"] += loss
-    if update > 0:
-        return
-    p, dot = logp.exp(), torch.linalg.vecdot
     sums["entropy"] -= float(dot(p, logp).sum())
-    if logq is not None:
-        reward = log_ratio_reward(of_tokens(logp, action), of_tokens(logq, action))
-        sums["kl"] += float(dot(p, logp - logq).sum())
-        sums["teacher_entropy"] -= float(dot(logq.exp(), logq).sum())
-        sums["reward"] += float(reward.sum())
+    sums["weight"] += float(now["emphasis"].sum())
+    if logq is None:
+        return
+    reward = log_ratio_reward(of_tokens(logp, now["action"]), of_tokens(logq, now["action"]))
+    sums["kl"] += float(dot(p, logp - logq).sum())
+    sums["teacher_entropy"] -= float(dot(logq.exp(), logq).sum())
+    sums["reward"] += float(reward.sum())
+    sums["unsupported"] += float(torch.where(logq < math.log(UNSUPPORTED), p, 0.0).sum())
+    if c.negative != "suppress":
+        acted = now["advantage"] < 0
+        if c.negative == "route":
+            reach = dict(top_k=c.top_k, min_prob=c.min_prob, target="teacher")
+            acted &= candidates(logp, logq, now["action"], **reach)[1].sum(-1) > 0
+        sums["gated"] += float(acted.sum())
+    elif c.entropy_threshold is not None:
+        sums["gated"] += float(entropy_gate(logq, c.entropy_threshold).sum())
 
 
 def step_metrics(
@@ -1315,15 +1916,19 @@ def step_metrics(
 ) -> dict[str, Any]:
     """A row of metrics.jsonl but for what the loop adds; null where the run has no such value."""
     tokens, device, updates = int(rollout.mask.sum()), world.student.device, c.updates_per_rollout
-    gpu, means = device.type == "cuda", ("kl", "reward", "entropy", "teacher_entropy")
+    gpu, means = (
+        device.type == "cuda",
+        ("kl", "reward", "entropy", "teacher_entropy", "unsupported", "gated", "weight"),
+    )
     peak = torch.cuda.max_memory_allocated(device) if gpu else peak_memory()
     return dict(
-        step=step + 1, loss=sums["loss"] / updates, grad_norm=sums["grad_norm"], lr=lr_at(step, c),
+        step=step + 1, loss=sums["loss"], grad_norm=sums["grad_norm"], lr=lr_at(step, c),
+        value_loss=sums.get("value_loss") if c.baseline == "value" else None,
         **{key: sums[key] / max(1, tokens) if key in sums else None for key in means},
         correct=float(right.float().mean()), length=tokens / len(right), horizon=horizon,
         finished=float(rollout.finished.float().mean()),
         tokens_sampled=int((rollout.mask & ~rollout.logprobs.isnan()).sum()),
-        tokens_scored=tokens * updates * (c.feedback == "teacher"),
+        tokens_scored=tokens * (c.feedback == "teacher"),
         tokens_trained=tokens * updates, memory_mb=peak / 2**20,
     )  # fmt: skip
 

@@ -85,7 +85,7 @@ BAD = [
     (["--batch_size", "0"], "batch_size = 0"),
     (["--horizon", "0"], "horizon = 0"),
     (["--horizon", "1.5"], "horizon = 1.5"),
-    (["--method", "magic"], "'magic' is not one of opd_full, opd, gkd"),
+    (["--method", "magic"], "'magic' is not one of opd_full, opd, "),
     (["--method", "opd+sft"], "already set"),
     (["--route", "sideways"], "route = 'sideways': input should be 'direct' or 'policy_gradient'"),
     (["--divergence", "jsd", "--beta", "1.0"], "beta = 1.0: input should be less than 1"),
@@ -93,14 +93,29 @@ BAD = [
     (["--temperature", "1e-300"], "temperature = 1e-300"),
     (["--top_p", "1.2"], "top_p = 1.2"),
     (["--method", "opd", "--top_p", "0.9"], "allow_top_p_bias"),
-    (["--method", "opd", "--states", "teacher"], "states = 'teacher'"),
+    (["--method", "opd", "--states", "teacher"], "route = 'policy_gradient': needs states"),
     (["--method", "opd", "--teacher_prefix", "4"], "teacher_prefix = 4"),
     (["--states", "data", "--teacher_prefix", "4"], "teacher_prefix = 4"),
     (["--clip", "0.2"], "importance_ratio"),
-    (["--importance_ratio", "true"], "route = 'policy_gradient'"),
+    (["--importance_ratio", "true"], 'needs route = "policy_gradient"'),
+    (["--gamma", "1"], 'gamma = 1.0: needs route = "policy_gradient"'),
+    (["--method", "opd_plus", "--gamma", "1"], 'gamma = 1.0: needs divergence = "reverse_kl"'),
+    (["--method", "cr_opd", "--importance_ratio", "true"], 'needs negative = "suppress"'),
+    (["--method", "opd", "--support", "teacher"], "support = 'teacher': needs route = \"direct\""),
+    (["--support", "student", "--tail", "tip"], "tail = 'tip': input should be 'stop_gradient'"),
+    (["--support", "student", "--top_k", "20"], "top_k = 20: must be at most the vocabulary's 19"),
+    (
+        ["--support", "union", "--divergence", "forward_kl", "--tail", "generalised"],
+        "takes renormalise or bucket",
+    ),
+    (["--reference", "student"], "reference = 'student'"),
+    (["--reward_scale", "1.5"], "reference = None: a model"),
+    (["--method", "exopd", "--reference", "no/such"], "teacher = 'no/such': must be a folder here"),
+    (["--method", "sft", "--weighting", "position"], 'needs feedback = "teacher" or "law"'),
+    (["--states", "teacher", "--importance_cap", "2"], 'needs states = "student"'),
     (["--method", "reinforce", "--samples_per_prompt", "1"], "samples_per_prompt"),
     (["--method", "reinforce", "--batch_size", "10"], "must divide batch_size 10"),
-    (["--feedback", "verifier"], "route = 'policy_gradient'"),
+    (["--feedback", "verifier"], 'needs route = "policy_gradient"'),
     (["--micro_batch", "65"], "micro_batch = 65: must be at most batch_size = 64"),
     (["--teacher", "none"], "teacher = null"),
     (["--name", "../up"], "name = '../up'"),
@@ -221,6 +236,28 @@ ALIVE = {
     "baseline": ("leave_one_out", dict(method="reinforce", baseline="none")),
     "importance_ratio": (True, dict(route="policy_gradient")),
     "clip": (0.01, dict(method="opd", updates_per_rollout=3, lr=1e-2)),
+    "support": ("teacher", dict(top_k=2)),
+    "top_k": (3, dict(support="student")),
+    "tail": ("generalised", dict(support="student", top_k=2)),
+    "gamma": (0.5, dict(route="policy_gradient")),
+    "gae_lambda": (0.5, dict(method="gae_opd", value_warmup=0)),
+    "value_lr": (0.1, dict(method="gae_opd", value_warmup=0)),
+    "value_warmup": (0, dict(method="gae_opd")),
+    "negative": ("route", dict(route="policy_gradient")),
+    "rho": (0.5, dict(method="cr_opd")),
+    "min_prob": (0.5, dict(method="cr_opd")),
+    "weighting": ("position", {}),
+    "weight_strength": (0.3, dict(weighting="position")),
+    "overlap_threshold": (1.0, dict(weighting="overlap", top_k=2, overlap_threshold=0.0)),
+    "entropy_threshold": (0.001, {}),
+    "importance_cap": (0.5, {}),
+    "reference": (
+        "tiny_configs/models/student_novice",
+        dict(reference="student", reference_kl=1.0, teacher="tiny_configs/models/teacher_b"),
+    ),
+    "reward_scale": (2.0, dict(reference="student", reference_kl=1.0)),
+    "reference_kl": (2.0, dict(reference="tiny_configs/models/teacher_b", reference_kl=1.0)),
+    "entropy_bonus": (0.1, {}),
     "aggregation": ("sequence_sum", {}),
     "steps": (3, {}),
     "updates_per_rollout": (2, {}),
@@ -252,9 +289,7 @@ def fingerprint(**fields):
     config = opd.Config.load(**{**BASE, **fields})
     world = opd.load_world(config)
     config = opd.Config(**{**config.model_dump(), "max_tokens": world.task.max_tokens})
-    optimizer = torch.optim.AdamW(
-        world.student.parameters(), config.lr, (0.9, config.beta2), weight_decay=config.weight_decay
-    )
+    optimizer = opd.make_optimizer(config, world)
     rows = [opd.train_step(config, world, optimizer, step, []) for step in range(config.steps)]
     seen = [[r["loss"], r["tokens_trained"], r["lr"]] for r in rows]
     weights = sum(p.double().abs().sum().item() for p in world.student.parameters())
