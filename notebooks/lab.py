@@ -97,6 +97,117 @@ def mean_by_position(values: Tensor, mask: Tensor) -> Tensor:
     return torch.where(alive > 0, total / alive.clamp(min=1), torch.nan)
 
 
+class Onlooker:
+    """An optimizer that keeps each step's gradient and takes no step."""
+
+    def __init__(self, student: torch.nn.Module) -> None:
+        self.student, self.seen, self.param_groups = student, [], [{}]
+
+    def step(self) -> None:
+        self.seen.append(torch.cat([p.grad.flatten() for p in self.student.parameters()]))
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        self.student.zero_grad(set_to_none)
+
+
+def gradient_noise(config: opd.Config, batches: int = 16) -> tuple[float, float]:
+    """Norm of the mean gradient, and root mean square distance of one batch's gradient to it."""
+    world = opd.load_world(config)
+    fields = dict(max_tokens=world.task.max_tokens, grad_clip=1e9)
+    config, onlooker = opd.Config(**{**config.model_dump(), **fields}), Onlooker(world.student)
+    for step in range(batches):
+        opd.train_step(config, world, onlooker, step, [])
+    g = torch.stack(onlooker.seen)
+    spread = (g - g.mean(0)).square().sum() / (batches - 1)
+    return g.mean(0).norm().item(), spread.sqrt().item()
+
+
+# ------------------------------------------------------------------------------------------------
+# The exact laboratory: a tree of all texts, so that nothing is sampled
+# ------------------------------------------------------------------------------------------------
+
+
+class Tree:
+    """A tabular student and teacher on every text of `length` tokens from `size` symbols.
+
+    Each prefix is a state s with its own logits, student[s] and teacher[s], (S, V) in float64.
+    tokens (N, T) holds all N = V^T texts, states (N, T) the state at which each token is drawn.
+    Expectations and variances are sums over the N texts: exact.  [derived]
+    """
+
+    def __init__(self, size: int = 4, length: int = 4, seed: int = 0, gap: float = 1.0) -> None:
+        """Logits are standard normal; the teacher's are the student's plus `gap` times others."""
+        self.size, self.length = size, length
+        g, starts = torch.Generator().manual_seed(seed), [size**t for t in range(length)]
+        self.student = torch.randn(sum(starts), size, generator=g, dtype=torch.float64)
+        noise = torch.randn(self.student.shape, generator=g, dtype=torch.float64)
+        self.teacher = self.student + gap * noise
+        self.tokens = torch.cartesian_prod(*[torch.arange(size)] * length)
+        prefix, first, columns = torch.zeros(len(self.tokens), dtype=torch.long), 0, []
+        for t in range(length):  # states are numbered depth by depth, as numbers in base V
+            columns.append(first + prefix)
+            first, prefix = first + starts[t], prefix * size + self.tokens[:, t]
+        self.states = torch.stack(columns, 1)
+        self.mask = torch.ones_like(self.tokens, dtype=torch.bool)
+
+    def laws(self) -> tuple[Tensor, Tensor]:
+        """logp, logq (N, T, V) along every text."""
+        return self.student.log_softmax(-1)[self.states], self.teacher.log_softmax(-1)[self.states]
+
+    def weights(self) -> Tensor:
+        """(N,) the student's probability of every text."""
+        return opd.of_tokens(self.laws()[0], self.tokens).sum(1).exp()
+
+    def reward(self) -> Tensor:
+        """(N, T) log q(a) - log p(a)."""
+        logp, logq = (opd.of_tokens(law, self.tokens) for law in self.laws())
+        return opd.log_ratio_reward(logp, logq)
+
+    def sequence_kl(self, student: Tensor | None = None) -> Tensor:
+        """Exact KL between the two laws of whole texts; differentiable in the student's logits."""
+        logits = self.student if student is None else student
+        logp = opd.of_tokens(logits.log_softmax(-1)[self.states], self.tokens).sum(1)
+        logq = opd.of_tokens(self.laws()[1], self.tokens).sum(1)
+        return (logp.exp() * (logp - logq)).sum()
+
+    def gradient(self) -> Tensor:
+        """(S, V): the exact gradient of the sequence KL, by autograd."""
+        z = self.student.clone().requires_grad_()
+        return torch.autograd.grad(self.sequence_kl(z), z)[0]
+
+    def value(self, gamma: float) -> Tensor:
+        """(N, T): what a perfect critic says, -E[sum_k gamma^k K_{t+k} | s_t]."""
+        logp, logq = self.student.log_softmax(-1), self.teacher.log_softmax(-1)
+        value = -opd.reverse_kl(logp, logq)
+        inner = (len(value) - 1) // self.size  # the states that have children: s V + 1 .. s V + V
+        for s in reversed(range(inner)):
+            children = value[s * self.size + 1 : (s + 1) * self.size + 1]
+            value[s] += gamma * (logp[s].exp() * children).sum()
+        return value[self.states]
+
+    def study(self, loss: Any) -> dict[str, Any]:
+        """An estimator's exact mean (S, V), variance, and bias to the sequence KL's gradient.
+
+        loss: (logp, logq, tokens), of shapes (N, T, V), (N, T, V), (N, T) -> (N, T), a one-sample
+        loss whose gradient estimates; frozen_bias: the distance to the frozen-state gradient.
+        """
+        logp, logq = self.laws()
+        z = logp.clone().requires_grad_()  # logits, already normalised
+        loss(z.log_softmax(-1), logq, self.tokens).sum().backward()
+        each = torch.zeros(len(z), *self.student.shape, dtype=z.dtype)  # (N, S, V)
+        each.scatter_add_(1, self.states[..., None].expand_as(z), z.grad)
+        p = self.weights()[:, None, None]
+        mean_of = (p * each).sum(0)
+        frozen = torch.zeros_like(self.student)
+        local = torch.autograd.grad(opd.reverse_kl(z.log_softmax(-1), logq).sum(), z)[0]
+        frozen.index_put_((self.states,), p * local, accumulate=True)
+        return dict(
+            mean=mean_of, variance=(p * (each - mean_of) ** 2).sum().item(),
+            bias=(mean_of - self.gradient()).norm().item(),
+            frozen_bias=(mean_of - frozen).norm().item(),
+        )  # fmt: skip
+
+
 # ------------------------------------------------------------------------------------------------
 # Comparisons: learning rates on tuning seeds and validation prompts, results on fresh seeds
 # ------------------------------------------------------------------------------------------------
