@@ -1550,8 +1550,8 @@ def training_loop(run: Run, world: World, optimizer: AdamW) -> None:
             print(json.dumps(row), file=log, flush=True)
             bar.update()
             bar.set_postfix(loss=row["loss"], correct=row["correct"])
-            due = config.checkpoint_every and step % config.checkpoint_every == 0
-            if due or asked or result["stopped"] or last:
+            save = config.checkpoint_every and step % config.checkpoint_every == 0
+            if save or asked or result["stopped"] or last:
                 save_checkpoint(run, optimizer)
             if asked:
                 raise KeyboardInterrupt
