@@ -1495,6 +1495,7 @@ def entropy_gap(logp: Tensor, logq: Tensor) -> Tensor:
 VALIDATION_PROMPTS, EVALUATION_ROWS, SHOWN_SAMPLES = 256, 512, 4
 CHUNK_LOGITS, CHUNK_TOKENS = 2**22, 16  # logits held at once, but at least so many tokens
 PRUNE_BASE, UNSUPPORTED = 0.5, 1e-3  # Prune-OPD's base weight; below it the teacher means no
+CHECKPOINT = "checkpoint/last.safetensors"  # in a run's folder
 DTYPES = dict(fp32=torch.float32, fp16=torch.float16, bf16=torch.bfloat16)
 
 
@@ -1524,7 +1525,7 @@ class World:
 
 @dataclass
 class Run:
-    """A finished run: its folder, config, result.json as a dict, and the trained student."""
+    """A run: its folder, its config, result.json as a dict (so far), and the student it trains."""
 
     dir: Path
     config: Config
@@ -1591,13 +1592,12 @@ def step_prompts(config: Config, task: Task, step: int) -> Prompts:
     """A step's prompts, each repeated samples_per_prompt times; they depend on seed and step."""
     n = config.batch_size // config.samples_per_prompt
     if config.prompt_pool is None:
-        prompts = task.prompts(n, "train", seed=f"{config.seed} {step}")
+        prompts, rows = task.prompts(n, "train", seed=f"{config.seed} {step}"), torch.arange(n)
     else:
-        pool = task.prompts(config.prompt_pool, "train", seed=config.seed)
-        g, size = keyed_generator(config.seed, "pool", step), len(pool.text)
-        rows = torch.cat([torch.randperm(size, generator=g) for _ in range(-(-n // size))])
-        prompts = take(pool, rows[:n])
-    return take(prompts, torch.arange(n).repeat_interleave(config.samples_per_prompt))
+        prompts = task.prompts(config.prompt_pool, "train", seed=config.seed)
+        g, size = keyed_generator(config.seed, "pool", step), len(prompts.text)
+        rows = torch.cat([torch.randperm(size, generator=g) for _ in range(-(-n // size))])[:n]
+    return take(prompts, rows.repeat_interleave(config.samples_per_prompt))
 
 
 def make_states(config: Config, world: World, prompts: Prompts, step: int, horizon: int) -> Rollout:
@@ -1611,20 +1611,20 @@ def make_states(config: Config, world: World, prompts: Prompts, step: int, horiz
     g = keyed_generator(config.seed, "noise", step)
     noise = torch.rand(config.batch_size, config.max_tokens, generator=g)
     coin = torch.rand(config.batch_size, generator=g)
-    law = dict(temperature=config.temperature, **world.law)
 
     def write(who: str, rows: Tensor) -> Rollout:
-        some, u, prefix = take(prompts, rows), noise[rows], min(config.teacher_prefix, horizon)
+        some, prefix = take(prompts, rows), min(config.teacher_prefix, horizon)
+        law = dict(noise=noise[rows], temperature=config.temperature, **world.law)
         if who == "data":
             rollout = demonstrated(world.task, some, horizon)
             return Rollout(*(x.to(world.student.device) for x in vars(rollout).values()))
         if who == "teacher":
-            return sample(world.teacher, some, horizon=horizon, noise=u, **law)
-        own = dict(horizon=horizon, noise=u, top_p=config.top_p, **law)
+            return sample(world.teacher, some, horizon=horizon, **law)
+        own = dict(horizon=horizon, top_p=config.top_p, **law)
         with world.precision():
             if prefix == 0:
                 return sample(world.student, some, **own)
-            head = sample(world.teacher, some, horizon=prefix, noise=u, **law)
+            head = sample(world.teacher, some, horizon=prefix, **law)
             return continue_rollout(world.student, head, prefix, **own)
 
     if config.states != "mixed":
@@ -1833,12 +1833,11 @@ def lr_at(step: int, config: Config) -> float:
 
 
 def stopwatch(seconds: Counter) -> Callable[[str], None]:
-    """A function lap(key) that adds the wall time since the last lap to seconds[key]."""
-    last = [time.perf_counter()]
+    """A function lap(key) that adds to seconds[key] the wall time that no lap has yet claimed."""
+    start = time.perf_counter()
 
     def lap(key: str) -> None:
-        last.append(time.perf_counter())
-        seconds[key] += last[-1] - last.pop(0)
+        seconds[key] += time.perf_counter() - start - seconds.total()
 
     return lap
 
@@ -1880,7 +1879,7 @@ def update_student(c: Config, student: Module, optimizer: AdamW, step: int, sums
         raise TrainingStopped(f"{at}: must be finite")
     optimizer.param_groups[0]["lr"] = lr_at(step, c)
     optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+    optimizer.zero_grad()
     sums["grad_norm"] = norm
 
 
@@ -1941,28 +1940,28 @@ def peak_memory() -> int:
 
 def evaluate(
     model: Module, task: Task, prompts: Prompts, *, greedy: bool = False,
-    rows: int = EVALUATION_ROWS, **law: Any,
+    rows: int = EVALUATION_ROWS, texts: list[str] | None = None, **law: Any,
 ) -> dict[str, float]:  # fmt: skip
     """Accuracy of one response a prompt, sampled at T = 1 (greedy: argmax), with Wilson's interval.
 
     The noise is fixed by the prompts' order, so two models meet the same luck and a call repeats
-    exactly.  Returns accuracy, low, high (95%), n.  rows: prompts a batch; law: eos_ids,
-    vocab_size.
+    exactly.  Returns accuracy, low, high (95%), n.  rows: prompts a batch; texts: an empty list
+    that receives the responses; law: eos_ids, vocab_size.
     """
     noise = torch.rand(len(prompts.text), task.max_tokens, generator=keyed_generator("evaluation"))
-    right, law = 0, dict(horizon=task.max_tokens, temperature=0.0 if greedy else 1.0, **law)
+    law |= dict(horizon=task.max_tokens, temperature=0.0 if greedy else 1.0)
+    texts = [] if texts is None else texts
     parts = torch.arange(len(noise)).split(rows)
     for part in tqdm(parts, desc="evaluation", leave=False, disable=None):
-        some = take(prompts, part)
-        right += int(task.verify(some, sample(model, some, noise=noise[part], **law)).sum())
-    return wilson(right, len(noise))
+        rollout = sample(model, take(prompts, part), noise=noise[part], **law)
+        texts += response_texts(task.tokenizer, rollout)
+    return wilson(sum(map(task.judge, prompts.text, texts, prompts.answer)), len(texts))
 
 
 def wilson(right: int, n: int, z: float = 1.959964) -> dict[str, float]:
     """Wilson's 95% interval of a share: accuracy, low, high, n.  [derived: score test inverted]"""
-    share, shrink = right / n, 1 + z * z / n
-    half = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n)) / shrink
-    centre = (share + z * z / (2 * n)) / shrink
+    share, centre = right / n, (right + z * z / 2) / (n + z * z)
+    half = z * math.sqrt(right * (n - right) / n + z * z / 4) / (n + z * z)
     low, high = max(0.0, min(share, centre - half)), min(1.0, max(share, centre + half))
     return dict(accuracy=share, low=low, high=high, n=n)
 
@@ -1970,33 +1969,28 @@ def wilson(right: int, n: int, z: float = 1.959964) -> dict[str, float]:
 def final_evaluation(config: Config, world: World, model: Module) -> dict[str, float]:
     """Accuracy on the held-out test prompts: sampled, with its interval; greedy beside it."""
     prompts = world.task.prompts(config.eval_prompts, "test")
-    law = dict(rows=evaluation_rows(config), **world.law)
+    greedy = measure(config, world, model, prompts, greedy=True)["accuracy"]
+    return measure(config, world, model, prompts) | dict(greedy=greedy)
+
+
+def measure(config: Config, world: World, model: Module, prompts: Prompts, **law: Any) -> dict:
+    """`evaluate` as a run does it.  Sampling holds less than training, so batches are larger."""
+    rows = min(EVALUATION_ROWS, 8 * (config.micro_batch or config.batch_size))
     with world.precision():
-        greedy = evaluate(model, world.task, prompts, greedy=True, **law)["accuracy"]
-        return evaluate(model, world.task, prompts, **law) | dict(greedy=greedy)
+        return evaluate(model, world.task, prompts, rows=rows, **world.law, **law)
 
 
-def evaluation_rows(config: Config) -> int:
-    """Prompts a batch when evaluating: sampling holds far less than training does."""
-    return min(EVALUATION_ROWS, 8 * (config.micro_batch or config.batch_size))
-
-
-def validate(config: Config, world: World, prompts: Prompts, step: int, file: Path) -> float:
+def validate(config: Config, world: World, step: int, file: Path) -> float:
     """Sampled accuracy on validation prompts; `file` then shows a few of the responses."""
-    with world.precision():
-        law = dict(rows=evaluation_rows(config), **world.law)
-        accuracy = evaluate(world.student, world.task, prompts, **law)["accuracy"]
-        some = take(prompts, torch.arange(min(SHOWN_SAMPLES, len(prompts.text))))
-        noise = torch.rand(len(some.text), config.max_tokens, generator=keyed_generator("samples"))
-        shown = sample(world.student, some, horizon=config.max_tokens, noise=noise, **world.law)
-    texts, right = response_texts(world.tokenizer, shown), world.task.verify(some, shown).tolist()
-    rows = zip(some.text, texts, some.answer, right, strict=True)
-    head = f"What the student writes after step {step}, on validation prompts\n\n"
-    write_atomically(file, head + "".join(
-        f"prompt    {prompt}\nresponse  {text}\nanswer    {answer} {'right' if ok else 'wrong'}\n\n"
-        for prompt, text, answer, ok in rows
-    ))  # fmt: skip
-    return accuracy
+    prompts, texts = world.task.prompts(VALIDATION_PROMPTS, "validation"), []
+    found = measure(config, world, world.student, prompts, texts=texts)
+    shown = f"What the student writes after step {step}, on validation prompts\n"
+    rows = zip(prompts.text, texts, prompts.answer, strict=True)
+    for prompt, text, answer in itertools.islice(rows, SHOWN_SAMPLES):
+        right = "right" if world.task.judge(prompt, text, answer) else "wrong"
+        shown += f"\nprompt    {prompt}\nresponse  {text}\nanswer    {answer} {right}\n"
+    write_atomically(file, shown)
+    return found["accuracy"]
 
 
 def self_check(config: Config, world: World) -> str:
@@ -2007,19 +2001,18 @@ def self_check(config: Config, world: World) -> str:
     position in either shows before it costs a run.  TrainingStopped when the loss exceeds 1e-6
     nats a token, the gradient's norm 1e-5, or a token's log-prob differs by more than 1e-3.
     """
-    twin = load_model(config.teacher, device=str(world.student.device), seed=config.seed)
+    student, law = world.student, dict(vocab_size=world.law["vocab_size"])
+    twin = load_model(config.teacher, device=str(student.device), seed=config.seed)
     prompts = world.task.prompts(min(8, config.batch_size), "train", seed=config.seed)
     noise = torch.rand(len(prompts.text), config.max_tokens, generator=keyed_generator("check"))
-    rollout = sample(world.student, prompts, horizon=config.max_tokens, noise=noise, **world.law)
-    law = dict(vocab_size=world.law["vocab_size"])
-    logp, logq = score(world.student, rollout, **law), score(twin, rollout, **law).detach()
+    rollout = sample(student, prompts, horizon=config.max_tokens, noise=noise, **world.law)
+    logp, logq = score(student, rollout, **law), score(twin, rollout, **law).detach()
     loss = masked_mean(reverse_kl(logp, logq), rollout.mask)
-    loss.backward()
-    norm = float(torch.nn.utils.get_total_norm([p.grad for p in world.student.parameters()]))
-    world.student.zero_grad(set_to_none=True)
-    gap = (of_tokens(logq, rollout.tokens) - rollout.logprobs)[rollout.mask].abs().max().item()
-    found = f"loss {loss.item():.1e}, gradient norm {norm:.1e}, sampler against scorer {gap:.1e}"
-    if abs(loss.item()) > 1e-6 or norm > 1e-5 or gap > 1e-3:
+    gradient = torch.autograd.grad(loss, [*student.parameters()], materialize_grads=True)
+    norm = float(torch.nn.utils.get_total_norm(gradient))
+    gap = float((of_tokens(logq, rollout.tokens) - rollout.logprobs)[rollout.mask].abs().max())
+    found = f"loss {loss:.1e}, gradient norm {norm:.1e}, sampler against scorer {gap:.1e}"
+    if abs(loss) > 1e-6 or norm > 1e-5 or gap > 1e-3:
         raise TrainingStopped(f"self-check: {found}; allowed: 1e-6, 1e-5, 1e-3")
     return f"self-check, teacher == student: {found}: fine"
 
@@ -2031,59 +2024,44 @@ def write_atomically(path: Path, text: str) -> None:
     os.replace(part, path)
 
 
-def save_checkpoint(folder: Path, student: Module, optimizer: AdamW, state: dict) -> None:
-    """checkpoint/last.safetensors: weights, Adam's moments, and the rest as JSON in its metadata.
+def save_checkpoint(run: Run, world: World, optimizer: AdamW) -> None:
+    """checkpoint/last.safetensors: weights and Adam's moments; the result so far as metadata.
 
     One file, written beside the old one and renamed over it: a crash leaves either of them whole.
     """
-    file = checkpoint_of(folder)
-    file.parent.mkdir(exist_ok=True)
-    tensors = {f"student.{name}": p.detach() for name, p in student.named_parameters()}
-    for i, moments in optimizer.state_dict()["state"].items():
-        tensors |= {f"adam.{i}.{key}": value for key, value in moments.items()}
-    save_file(tensors, f"{file}.part", metadata={"state": json.dumps(state)})
+    file, tensors = run.dir / CHECKPOINT, {}
+    for name, parameter in world.trained().named_parameters():
+        own = dict(weight=parameter.detach(), **optimizer.state[parameter])  # step, exp_avg, ...
+        tensors |= {f"{kind}.{name}": value for kind, value in own.items()}
+    save_file(tensors, f"{file}.part", metadata={"state": json.dumps(run.result)})
     os.replace(f"{file}.part", file)
 
 
-def checkpoint_of(folder: Path) -> Path:
-    """Where a run keeps its newest checkpoint."""
-    return folder / "checkpoint" / "last.safetensors"
-
-
-def open_checkpoint(file: Path) -> Any:
-    """A safetensors file to read from.  InputError when it is damaged."""
+@torch.no_grad()
+def load_checkpoint(run: Run, world: World, optimizer: AdamW) -> None:
+    """Put a checkpoint's weights, moments and result in place.  InputError when it is damaged."""
+    file, trained = run.dir / CHECKPOINT, world.trained()
     try:
-        return safe_open(file, framework="pt")
+        with safe_open(file, framework="pt") as saved:
+            run.result = json.loads(saved.metadata()["state"])
+            for key in saved.keys():
+                kind, name = key.split(".", 1)
+                optimizer.state[trained.get_parameter(name)][kind] = saved.get_tensor(key)
     except SafetensorError as error:
         raise InputError(f"resume: {file} is damaged ({error}); start the run again") from None
-
-
-@torch.no_grad()
-def load_checkpoint(file: Path, student: Module, optimizer: AdamW) -> dict[str, Any]:
-    """Put a checkpoint's weights and moments in place; returns its state."""
-    moments: dict[int, dict[str, Tensor]] = {}
-    with open_checkpoint(file) as saved:
-        for name, parameter in student.named_parameters():
-            parameter.copy_(saved.get_tensor(f"student.{name}"))
-        for name in saved.keys():
-            if name.startswith("adam."):
-                _, i, key = name.split(".")
-                moments.setdefault(int(i), {})[key] = saved.get_tensor(name)
-        optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})
-        return json.loads(saved.metadata()["state"])
+    for parameter, own in optimizer.state.items():
+        parameter.copy_(own.pop("weight"))
+    optimizer.load_state_dict(optimizer.state_dict())  # the moments go to their weights' device
 
 
 def new_folder(config: Config) -> Path:
     """Where the run will be: runs/NAME, which must be free; a default name gets a number if not."""
-    base = Path(config.runs) / f"{config.method}-{Path(config.student).name}-seed{config.seed}"
-    if config.name is None:
-        numbered = (base.with_name(f"{base.name}-{i}") for i in itertools.count(2))
-        return next(f for f in itertools.chain([base], numbered) if not f.exists())
-    folder = Path(config.runs) / config.name
-    if folder.exists():
-        raise InputError(
-            f"name = {config.name!r}: {folder} exists; use another, or --resume {folder}"
-        )
+    name = config.name or f"{config.method}-{Path(config.student).name}-seed{config.seed}"
+    folder, numbers = Path(config.runs) / name, itertools.count(2)
+    if config.name and folder.exists():
+        raise InputError(f"name = {name!r}: {folder} exists; use another, or --resume {folder}")
+    while folder.exists():
+        folder = folder.with_name(f"{name}-{next(numbers)}")
     return folder
 
 
@@ -2121,76 +2099,65 @@ def train(config: Config, resume: str | Path | None = None) -> Run:
     """
     folder = Path(resume) if resume else new_folder(config)
     world = load_world(config)
-    config = Config(**{**config.model_dump(), "max_tokens": world.task.max_tokens})
+    config = config.model_copy(update=dict(max_tokens=world.task.max_tokens))
     if config.teacher and same_model(config.student, config.teacher):
         print(self_check(config, world))
-    student, decay = world.student, config.weight_decay
-    optimizer = AdamW(student.parameters(), config.lr, (0.9, config.beta2), weight_decay=decay)
     try:
-        folder.mkdir(parents=True, exist_ok=bool(resume))
+        (folder / CHECKPOINT).parent.mkdir(parents=True, exist_ok=bool(resume))
         write_atomically(folder / "config.json", config.model_dump_json(indent=1))
     except OSError as error:
-        raise InputError(
-            f"runs = {config.runs!r}: must be a folder to write in ({error})"
-        ) from None
-    state: dict[str, Any] = dict(steps=0)
+        raise InputError(f"runs = {config.runs!r}: must be a writable folder ({error})") from None
+    optimizer = make_optimizer(config, world)
+    start = dict(seed=config.seed, method=config.method, steps=0, seconds=0.0, stopped=None)
+    start["tokens"] = dict(sampled=0, scored=0, trained=0)
+    run = Run(folder, config, start, world.student)
     try:
-        if checkpoint_of(folder).exists():
-            state = load_checkpoint(checkpoint_of(folder), student, optimizer)
+        if (folder / CHECKPOINT).exists():
+            load_checkpoint(run, world, optimizer)
         else:
-            state["student_before"] = final_evaluation(config, world, student)
-            state["teacher"] = world.teacher and final_evaluation(config, world, world.teacher)
-            state |= dict(tokens=dict(sampled=0, scored=0, trained=0), seconds=0.0, stopped=None)
-            state |= dict(seed=config.seed, method=config.method)
-        history = read_rows(folder / "metrics.jsonl", state["steps"])
-        write_atomically(folder / "metrics.jsonl", "".join(json.dumps(r) + "\n" for r in history))
-        training_loop(config, world, optimizer, folder, state, history)
-        result = dict(student_after=final_evaluation(config, world, student), **state)
+            run.result["student_before"] = final_evaluation(config, world, world.student)
+            run.result["teacher"] = world.teacher and final_evaluation(config, world, world.teacher)
+        training_loop(run, world, optimizer)
+        run.result["student_after"] = final_evaluation(config, world, world.student)
+    except TrainingStopped as error:
+        good = folder / CHECKPOINT if (folder / CHECKPOINT).exists() else "none yet"
+        raise TrainingStopped(f"{error}; last good checkpoint: {good}; try a lower --lr") from None
     except KeyboardInterrupt:
-        at = f"stopped after step {state['steps']} of {config.steps}"
+        at = f"stopped after step {run.result['steps']} of {config.steps}"
         raise KeyboardInterrupt(f"{at}; go on with: python opd.py --resume {folder}") from None
-    copy.deepcopy(student).to(DTYPES[config.save_dtype]).save_pretrained(folder / "model")
+    copy.deepcopy(world.student).to(DTYPES[config.save_dtype]).save_pretrained(folder / "model")
     world.tokenizer.save_pretrained(folder / "model")
-    write_atomically(folder / "result.json", json.dumps(result, indent=1))
+    write_atomically(folder / "result.json", json.dumps(run.result, indent=1))
     report(folder)
-    return Run(folder, config, result, student)
+    return run
 
 
-def training_loop(
-    config: Config, world: World, optimizer: AdamW, folder: Path, state: dict, history: list[dict]
-) -> None:
-    """The steps that are left: metrics, validation, checkpoints.  Changes state and history."""
-    prompts = world.task.prompts(VALIDATION_PROMPTS, "validation") if config.eval_every else None
-    bar = tqdm(initial=state["steps"], total=config.steps, desc=config.method, disable=None)
-    with bar, postponed_interrupt() as asked, open(folder / "metrics.jsonl", "a") as log:
-        while state["steps"] < config.steps and not state["stopped"]:
+def training_loop(run: Run, world: World, optimizer: AdamW) -> None:
+    """The steps that are left: metrics, validation, checkpoints.  run.result keeps the count."""
+    config, result, file = run.config, run.result, run.dir / "metrics.jsonl"
+    history = read_rows(file, result["steps"])
+    write_atomically(file, "".join(json.dumps(row) + "\n" for row in history))
+    bar = tqdm(initial=result["steps"], total=config.steps, desc=config.method, disable=None)
+    with bar, postponed_interrupt() as asked, open(file, "a") as log:
+        while result["steps"] < config.steps and not result["stopped"]:
             start = time.perf_counter()
-            try:
-                row = train_step(config, world, optimizer, state["steps"], history)
-            except TrainingStopped as error:
-                good = checkpoint_of(folder) if checkpoint_of(folder).exists() else "none yet"
-                raise TrainingStopped(
-                    f"{error}; last good checkpoint: {good}; try a smaller --lr"
-                ) from None
-            step = state["steps"] = row["step"]
-            last, row["accuracy"] = step == config.steps, None
-            if prompts and (step % config.eval_every == 0 or last):
-                row["accuracy"] = validate(config, world, prompts, step, folder / "samples.txt")
-            for kind in state["tokens"]:  # from here on: since the start
-                state["tokens"][kind] += row[f"tokens_{kind}"]
-                row[f"tokens_{kind}"] = state["tokens"][kind]
-            row["step_s"] = time.perf_counter() - start
-            state["seconds"] += row["step_s"]
-            if config.stop_accuracy and (row["accuracy"] or 0.0) >= config.stop_accuracy:
-                state["stopped"] = f"validation accuracy {row['accuracy']:.3f}"
-            log.write(json.dumps(row) + "\n")
-            log.flush()
+            row = train_step(config, world, optimizer, result["steps"], history)
+            step, last = row["step"], row["step"] == config.steps
+            due = config.eval_every and (step % config.eval_every == 0 or last)
+            accuracy = validate(config, world, step, run.dir / "samples.txt") if due else None
+            if accuracy is not None and accuracy >= (config.stop_accuracy or math.inf):
+                result["stopped"] = f"validation accuracy {accuracy:.3f}"
+            row |= dict(accuracy=accuracy, step_s=time.perf_counter() - start)
+            tokens = {kind: n + row[f"tokens_{kind}"] for kind, n in result["tokens"].items()}
+            row |= {f"tokens_{kind}": n for kind, n in tokens.items()}  # since the start
+            result |= dict(steps=step, seconds=result["seconds"] + row["step_s"], tokens=tokens)
             history.append(row)
+            print(json.dumps(row), file=log, flush=True)
             bar.update()
-            bar.set_postfix({k: f"{row[k]:.3f}" for k in ("loss", "correct")})
-            due = config.checkpoint_every and step % config.checkpoint_every == 0
-            if due or asked or state["stopped"] or last:
-                save_checkpoint(folder, world.student, optimizer, state)
+            bar.set_postfix(loss=row["loss"], correct=row["correct"])
+            save = config.checkpoint_every and step % config.checkpoint_every == 0
+            if save or asked or result["stopped"] or last:
+                save_checkpoint(run, world, optimizer)
             if asked:
                 raise KeyboardInterrupt
 
@@ -2206,59 +2173,50 @@ def report(run_dir: str | Path) -> dict[str, Any]:
         result = json.loads((folder / "result.json").read_text())
     except (OSError, ValueError) as error:
         raise InputError(f"run = {str(run_dir)!r}: must be a finished run ({error})") from None
-    rows = read_rows(folder / "metrics.jsonl", result["steps"])
-    versions = dict(
-        python=platform.python_version(), torch=torch.__version__,
-        transformers=transformers.__version__,
-    )  # fmt: skip
+    versions = {library.__name__: library.__version__ for library in (torch, transformers)}
+    versions["python"] = platform.python_version()
     card = dict(run=folder.name, config=config, result=result, versions=versions)
-    defaults = {k: field.default for k, field in Config.model_fields.items()}
-    models = {who: result[who] for who in ("student_before", "student_after", "teacher")}
-    table = [
-        f"| {who.replace('_', ' ')} | {at['accuracy']:.3f} | {at['low']:.3f} to {at['high']:.3f} "
-        f"| {at['greedy']:.3f} | {at['n']} |" for who, at in models.items() if at
-    ]  # fmt: skip
+    write_atomically(folder / "report.json", json.dumps(card, indent=1))
+    row = "| {} | {accuracy:.3f} | {low:.3f} to {high:.3f} | {greedy:.3f} | {n} |"
+    models = [m for m in ("student_before", "student_after", "teacher") if result[m]]
     tokens = ", ".join(f"{count:,} {kind}" for kind, count in result["tokens"].items())
-    early = f", stopped early: {result['stopped']}" if result["stopped"] else ""
+    defaults = Config().model_dump()
     write_atomically(folder / "report.md", "\n".join([
         f"# {folder.name}\n",
-        f"{result['steps']} steps in {result['seconds']:.1f} s of training{early}.",
-        f"Response tokens: {tokens}.\n",
+        f"{result['steps']} steps in {result['seconds']:.1f} s of training.",
+        f"Stopped early: {result['stopped'] or 'no'}.  Response tokens: {tokens}.\n",
         "Accuracy on held-out test prompts: sampled at T = 1, 95% Wilson interval, greedy.\n",
-        "| model | sampled | interval | greedy | prompts |", "|---|---|---|---|---|", *table,
+        "| model | sampled | interval | greedy | prompts |\n|---|---|---|---|---|",
+        *(row.format(m.replace("_", " "), **result[m]) for m in models),
         "\n![accuracy and distance to the teacher over steps](curve.png)\n",
-        "| field | value | default |", "|---|---|---|",
+        "| field | value | default |\n|---|---|---|",
         *(f"| {k} | {json.dumps(v)} | {json.dumps(defaults[k])} |" for k, v in config.items()),
-        "\n" + ", ".join(f"{k} {v}" for k, v in versions.items()) + "\n",
+        "\n" + ", ".join(f"{name} {version}" for name, version in versions.items()) + "\n",
     ]))  # fmt: skip
-    write_atomically(folder / "report.json", json.dumps(card, indent=1))
-    draw_curve(rows, models, folder / "curve.png")
+    draw_curve(read_rows(folder / "metrics.jsonl", result["steps"]), result, folder / "curve.png")
     return card
 
 
-def draw_curve(rows: list[dict], models: dict[str, Any], path: Path) -> None:
+def draw_curve(rows: list[dict], result: dict[str, Any], path: Path) -> None:
     """Two panels over steps: accuracy with its references, and the distance to the teacher."""
     figure = Figure(figsize=(8, 3.2), layout="constrained")
     left, right = figure.subplots(1, 2)
     steps = [row["step"] for row in rows]
-    left.plot(steps, [row["correct"] for row in rows], "0.75", label="on training prompts")
-    seen = [row for row in rows if row["accuracy"] is not None]
-    accuracy = [row["accuracy"] for row in seen]
-    left.plot([row["step"] for row in seen], accuracy, "o-", label="on validation prompts")
-    for who, x, mark in (("student_before", 0, "s"), ("student_after", len(rows), "D")):
-        at = models[who]
-        spread = [[at["accuracy"] - at["low"]], [at["high"] - at["accuracy"]]]
-        label = f"test, {who.replace('_', ' ')}"
-        left.errorbar([x], [at["accuracy"]], spread, None, "k" + mark, capsize=3, label=label)
-    if models["teacher"]:
-        left.axhline(models["teacher"]["accuracy"], c="C1", ls="--", label="test, teacher")
+    left.plot(steps, [row["correct"] for row in rows], "0.75", label="training prompts")
+    validated = [row["accuracy"] for row in rows]  # null between validations: no point there
+    left.plot(steps, validated, "o", mfc="none", label="validation prompts")
+    for who, x, style in (("student_before", 0, "k_-"), ("student_after", len(rows), "C3_-")):
+        interval = [result[who][key] for key in ("low", "accuracy", "high")]
+        left.plot([x] * 3, interval, style, label=f"test, {who.replace('_', ' ')}")
+    if result["teacher"]:
+        left.axhline(result["teacher"]["accuracy"], c="C1", ls="--", label="test, teacher")
     left.set(xlabel="step", ylabel="accuracy, sampled", ylim=(0, 1.05), title="Does it learn?")
     left.legend(fontsize=7, loc="lower right")
-    scored = bool(rows) and rows[0]["kl"] is not None
-    right.plot(steps, [row["kl" if scored else "loss"] for row in rows], "C2")
-    label = "KL(student || teacher), nats a token" if scored else "loss"
-    right.set(xlabel="step", yscale="log" if scored else "linear")
-    right.set_title(f"{label},\non each step's own text", fontsize=10)
+    key, label, scale = "kl", "KL(student || teacher), nats a token", "log"
+    if not any(row["kl"] for row in rows):  # nothing to compare with, or no distance at all
+        key, label, scale = "loss", "loss", "linear"
+    right.plot(steps, [row[key] for row in rows], "C2")
+    right.set(xlabel="step", ylabel=label, yscale=scale, title="On each step's own text")
     figure.savefig(path, dpi=120)
 
 
