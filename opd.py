@@ -81,6 +81,17 @@ class TrainingStopped(RuntimeError):
     """Training cannot go on.  The message says where and what to do next.  Exit code 1."""
 
 
+@contextmanager
+def must(what: str, rule: str) -> Iterator[None]:
+    """Whatever the block raises becomes the one-line InputError `what: must rule (the reason)`."""
+    try:
+        yield
+    except Exception as error:
+        why = one_line(error) if isinstance(error, ValidationError) else str(error)
+        first_line = why.strip().partition("\n")[0]
+        raise InputError(f"{what}: must {rule} ({first_line})") from error
+
+
 # ------------------------------------------------------------------------------------------------
 # §0  Config and METHODS: the variables of the survey, one field each
 # ------------------------------------------------------------------------------------------------
@@ -267,17 +278,6 @@ def preset(method: str) -> dict[str, Any]:
 # ------------------------------------------------------------------------------------------------
 # §1  Models, tokenizers, tasks
 # ------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def must(what: str, rule: str) -> Iterator[None]:
-    """Whatever the block raises becomes the one-line InputError `what: must rule (the reason)`."""
-    try:
-        yield
-    except Exception as error:
-        why = one_line(error) if isinstance(error, ValidationError) else str(error)
-        first_line = why.strip().partition("\n")[0]
-        raise InputError(f"{what}: must {rule} ({first_line})") from error
 
 
 def find(name: str) -> str:
@@ -472,7 +472,7 @@ def load_task(name: str, tokenizer: Any) -> Task:
 
 def need_words(task: str, tokenizer: Any, words: list[str]) -> None:
     """InputError unless each word is one token."""
-    if missing := [w for w in words if w not in tokenizer.get_vocab()]:
+    if missing := sorted({*words} - {*tokenizer.get_vocab()}):
         raise InputError(f"task = {task!r}: the student's tokenizer has no token {missing[0]!r}")
 
 
@@ -626,9 +626,7 @@ def jsonl_task(path: str, tokenizer: Any, max_tokens: int = 1024) -> Task:
     """
     with must(f"task = {path!r}", "be a readable text file"):
         lines = Path(find(path)).read_text().splitlines()
-    rule = (
-        "be a JSON object with a prompt that is new and can be tokenized, an answer with a number, "
-    )
+    rule = "be a JSON object with a prompt that is new and has tokens, an answer with a number, "
     rule += f"a response in all rows or in none, and a split, if any, from {', '.join(SPLITS)}"
     chat = dict(tokenize=False, add_generation_prompt=True, enable_thinking=False)
     rows: dict[str, Row] = {}
@@ -1681,11 +1679,10 @@ def parse(argv: list[str]) -> tuple[list[str], dict[str, Any]]:
 
 def resumable(folder: str) -> Config:
     """The config of a run that can go on.  InputError: no such run, or it is finished."""
-    if not (Path(folder) / "config.json").exists():
-        raise InputError(f"resume = {folder!r}: must be a run's folder; no config.json there")
     if (Path(folder) / "result.json").exists():
         raise InputError(f"resume = {folder!r}: that run is finished; see {folder}/report.md")
-    return Config.load(Path(folder) / "config.json")
+    with must(f"resume = {folder!r}", "be a run's folder"):
+        return Config.load(Path(folder) / "config.json")
 
 
 def run_command(argv: list[str]) -> None:
