@@ -24,7 +24,9 @@ than method (plots, comparisons, token heat maps) lives in notebooks/lab.py.
     python opd.py                                           # the main job: CPU, under a minute
     python opd.py --method opd --steps 60 --lr 1e-4         # any Config field is an option
     python opd.py --student NAME --teacher NAME --steps 0   # same model twice: the self-check
+    python opd.py CONFIG.json --seed 1                      # fields from a file; options win
     python opd.py --resume runs/NAME                        # go on after Ctrl-C or a crash
+    python opd.py report runs/NAME                          # write report.md again
     python opd.py methods                                   # what each method sets
 """
 
@@ -47,7 +49,7 @@ import warnings
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from decimal import Decimal
 from functools import partial
@@ -77,6 +79,17 @@ class InputError(ValueError):
 
 class TrainingStopped(RuntimeError):
     """Training cannot go on.  The message says where and what to do next.  Exit code 1."""
+
+
+@contextmanager
+def must(what: str, rule: str) -> Iterator[None]:
+    """Whatever the block raises becomes the one-line InputError `what: must rule (the reason)`."""
+    try:
+        yield
+    except Exception as error:
+        why = one_line(error) if isinstance(error, ValidationError) else str(error)
+        first_line = why.strip().partition("\n")[0]
+        raise InputError(f"{what}: must {rule} ({first_line})") from error
 
 
 # ------------------------------------------------------------------------------------------------
@@ -350,22 +363,18 @@ def preset(method: str) -> dict[str, Any]:
 # ------------------------------------------------------------------------------------------------
 
 
-def find_folder(name_or_dir: str) -> str:
-    """A folder as given, else the same path beside opd.py, else the name itself (a hub name)."""
-    for path in (Path(name_or_dir), HERE / name_or_dir):
-        if path.is_dir():
-            return str(path)
-    return name_or_dir
+def find(name: str) -> str:
+    """A folder or file as given, else the same path beside opd.py, else the name (a hub name)."""
+    found = [path for path in (Path(name), HERE / name) if path.exists()]
+    return str(found[0]) if found else name
 
 
 def same_model(one: str, other: str) -> bool:
     """Do two names mean the same folder or hub model?"""
-    return Path(find_folder(one)).resolve() == Path(find_folder(other)).resolve()
+    return Path(find(one)).resolve() == Path(find(other)).resolve()
 
 
-def load_model(
-    name_or_dir: str, role: str = "student", *, device: str = "cpu", seed: int = 0
-) -> Module:
+def load_model(name: str, role: str = "student", *, device: str = "cpu", seed: int = 0) -> Module:
     """A causal LM of transformers, from safetensors only.  role: student or teacher.
 
     The student is fp32 (AdamW in pure bf16 at lr 1e-6 moves nothing [secondary]) and takes
@@ -375,43 +384,32 @@ def load_model(
     Raises InputError: no such model, weights that are not safetensors, not a causal LM, or one
     that changes its logits after the output layer (a soft cap, a scale).
     """
-    folder, dtype = find_folder(name_or_dir), torch.float32
+    folder, dtype = find(name), torch.float32
     if role == "teacher" and device != "cpu":
         dtype = torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
-    files = os.listdir(folder) if os.path.isdir(folder) else ["of the hub.safetensors"]
-    try:
-        blank = not any(name.endswith((".safetensors", ".bin", ".pt", ".pth")) for name in files)
-        if role == "teacher" or not blank:
-            model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True)
+    suffixes = {path.suffix for path in Path(folder).glob("*")}  # none for a hub name
+    blank = ".json" in suffixes and not suffixes & {".safetensors", ".bin", ".pt", ".pth"}
+    rule = "be a folder here, or a model on the Hugging Face hub, with a causal LM in safetensors"
+    with must(f"{role} = {name!r}", rule), torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)  # fresh weights are drawn on the CPU
+        if role == "student" and blank:
+            config = AutoConfig.from_pretrained(folder)
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
         else:
-            with torch.random.fork_rng():
-                torch.manual_seed(seed)
-                model = AutoModelForCausalLM.from_config(
-                    AutoConfig.from_pretrained(folder), dtype=dtype
-                )
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"{role} = {name_or_dir!r}: must be a folder here, or a model on the Hugging Face hub, "
-            f"with a causal LM in safetensors ({str(error).strip().splitlines()[0]})"
-        ) from None
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True)
     model = model.requires_grad_(role == "student").eval().to(device)
     with torch.no_grad():  # losses are computed from hidden states: nothing may stand in between
         ids = torch.tensor([[1, 2]], device=device)
         head = model.get_output_embeddings()(model.base_model(ids).last_hidden_state)
         if not torch.allclose(head, model(ids).logits, atol=1e-2, rtol=1e-2):
-            raise InputError(
-                f"{role} = {name_or_dir!r}: must have logits that are its head's output"
-            )
+            raise InputError(f"{role} = {name!r}: must have logits that are its head's output")
     return model
 
 
-def load_tokenizer(name_or_dir: str, role: str = "student") -> Any:
+def load_tokenizer(name: str, role: str = "student") -> Any:
     """The tokenizer of a model folder or hub name; role names it in the InputError if none."""
-    try:
-        return AutoTokenizer.from_pretrained(find_folder(name_or_dir))
-    except (OSError, ValueError) as error:
-        why = str(error).strip().splitlines()[0]
-        raise InputError(f"{role} = {name_or_dir!r}: must have a tokenizer ({why})") from None
+    with must(f"{role} = {name!r}", "have a tokenizer"):
+        return AutoTokenizer.from_pretrained(find(name))
 
 
 def eos_ids_of(model: Module) -> list[int]:
@@ -428,15 +426,13 @@ def check_pair(student: Module, teacher: Module, student_tok: Any, teacher_tok: 
     a student that learns never to stop is the usual result [secondary: ms-swift #9526]; sampling
     stops at the union.  Raises InputError naming the first token that differs.
     """
-    of_student = {i: t for t, i in student_tok.get_vocab().items()}
-    of_teacher = {i: t for t, i in teacher_tok.get_vocab().items()}
-    for i in sorted(of_student.keys() | of_teacher.keys()):
-        if of_student.get(i) != of_teacher.get(i):
-            raise InputError(
-                f"student and teacher must share a vocabulary: token {i} is "
-                f"{of_student.get(i)!r} for the student, {of_teacher.get(i)!r} for the teacher"
-            )
-    size, rows = max(of_student) + 1, (student.config.vocab_size, teacher.config.vocab_size)
+    vocab = student_tok.get_vocab()
+    if differ := vocab.items() ^ teacher_tok.get_vocab().items():
+        i = min(i for _, i in differ)
+        ours, theirs = (tok.convert_ids_to_tokens(i) for tok in (student_tok, teacher_tok))
+        which = f"token {i} is {ours!r} for the student, {theirs!r} for the teacher"
+        raise InputError(f"student and teacher must share a vocabulary: {which}")
+    size, rows = max(vocab.values()) + 1, (student.config.vocab_size, teacher.config.vocab_size)
     if min(rows) < size:
         raise InputError(f"embedding rows {rows}: must be at least the vocabulary's {size}")
     if eos_ids_of(student) != eos_ids_of(teacher):
@@ -463,18 +459,18 @@ class Task:
     tokenizer   of the student; the teacher's is the same (check_pair)
     max_tokens  longest response, EOS included
     draw        (n, split, random.Random) -> at most n pairs (prompt text, answer)
-    judge       (prompt text, response text, answer) -> bool
-    show        Prompts -> (tokens, mask), one demonstration a prompt; or None
-    law         Rollout -> (B, T, V), the exact next-token log-probs at its states; or None
+    judge       (response text, answer) -> bool
+    show        prompt text -> response text to learn from; or None
+    law         method, Rollout -> (B, T, V), the exact next-token log-probs at its states; or None
     """
 
     name: str
     tokenizer: Any
     max_tokens: int
     draw: Callable
-    judge: Callable
+    judge: Callable | None = None
     show: Callable | None = None
-    law: Callable | None = None
+    law = None
 
     def prompts(self, n: int, split: str = "train", seed: int = 0) -> Prompts:
         """n prompts.  A text belongs to one split for ever, so splits are disjoint.
@@ -493,12 +489,13 @@ class Task:
         """One response a prompt to learn from: tokens (B, T), mask (B, T) true through EOS."""
         if self.show is None:
             raise InputError(f"task = {self.name!r}: no demonstrations; rows need a 'response'")
-        return self.show(prompts)
+        texts = [*map(self.show, prompts.text)]
+        return pad(self.tokenizer(texts, add_special_tokens=False)["input_ids"])
 
     def verify(self, prompts: Prompts, rollout: "Rollout") -> Tensor:
         """(B,) bool: is the final answer right?"""
         texts = response_texts(self.tokenizer, rollout)
-        return torch.tensor([*map(self.judge, prompts.text, texts, prompts.answer)])
+        return torch.tensor([*map(self.judge, texts, prompts.answer)])
 
 
 SPLITS = ("train", "validation", "test")
@@ -523,12 +520,10 @@ def keyed_generator(*key: Any) -> torch.Generator:
 
 def pad(rows: list[list[int]], left: bool = False) -> tuple[Tensor, Tensor]:
     """Rows of ids -> ids (B, width) padded with 0, mask (B, width) true on real tokens."""
-    width = max(map(len, rows))
-    blanks = [[0] * (width - len(row)) for row in rows]
-    ids = [b + r if left else r + b for r, b in zip(rows, blanks, strict=True)]
-    lengths = torch.tensor([len(row) for row in rows])[:, None]
-    mask = torch.arange(width) < lengths
-    return torch.tensor(ids), mask.flip(1) if left else mask
+    side = "left" if left else "right"
+    stack = partial(torch.nn.utils.rnn.pad_sequence, batch_first=True, padding_side=side)
+    ids = [torch.tensor(row, dtype=torch.long) for row in rows]
+    return stack(ids), stack([torch.ones_like(row, dtype=torch.bool) for row in ids])
 
 
 def response_texts(tokenizer: Any, rollout: "Rollout") -> list[str]:
@@ -537,7 +532,7 @@ def response_texts(tokenizer: Any, rollout: "Rollout") -> list[str]:
     return tokenizer.batch_decode([row[keep] for row, keep in rows])
 
 
-def load_task(name_or_jsonl: str, tokenizer: Any) -> Task:
+def load_task(name: str, tokenizer: Any) -> Task:
     """A task by name, or from a JSONL file.  InputError for unknown names and broken files.
 
     chain[/STYLE]    modular arithmetic; STYLE of the demonstrations: careful, gaps, reordered,
@@ -546,22 +541,21 @@ def load_task(name_or_jsonl: str, tokenizer: Any) -> Task:
                      a student that has a wrong favourite
     FILE.jsonl       one {"prompt", "answer"} a line, optionally "response" and "split"
     """
-    kind, _, style = name_or_jsonl.partition("/")
-    if name_or_jsonl.endswith(".jsonl"):
-        return jsonl_task(name_or_jsonl, tokenizer)
-    if kind == "chain" and {*(style or "careful").split("+")} <= {*CHAIN_STYLES}:
-        return chain_task(name_or_jsonl, (style or "careful").split("+"), tokenizer)
+    kind, _, style = name.partition("/")
+    styles = (style or "careful").split("+")
+    if name.endswith(".jsonl"):
+        return jsonl_task(name, tokenizer)
+    if kind == "chain" and {*styles} <= {*CHAIN_STYLES}:
+        return chain_task(name, styles, tokenizer)
     if kind == "synonyms" and style in ("", "teacher", "student"):
-        return synonym_task(name_or_jsonl, style or "teacher", tokenizer)
-    raise InputError(
-        f"task = {name_or_jsonl!r}: must be chain[/STYLE], STYLE from {', '.join(CHAIN_STYLES)} "
-        "joined by +, or synonyms[/student], or a file that ends in .jsonl"
-    )
+        return SynonymTask(name, style or "teacher", tokenizer)
+    chain = f"chain[/STYLE], STYLE from {', '.join(CHAIN_STYLES)}, joined by +"
+    raise InputError(f"task = {name!r}: must be {chain}, or synonyms[/student], or FILE.jsonl")
 
 
 def need_words(task: str, tokenizer: Any, words: list[str]) -> None:
     """InputError unless each word is one token."""
-    if missing := [w for w in words if w not in tokenizer.get_vocab()]:
+    if missing := sorted({*words} - {*tokenizer.get_vocab()}):
         raise InputError(f"task = {task!r}: the student's tokenizer has no token {missing[0]!r}")
 
 
@@ -598,17 +592,14 @@ def chain_task(name: str, styles: list[str], tokenizer: Any) -> Task:
         text = " ".join(["<b>", str(rng.randrange(CHAIN_MOD)), *steps, "="])
         return text, str(chain_steps(text)[-1]["r"])
 
-    def show(prompts: Prompts) -> tuple[Tensor, Tensor]:
-        texts = []
-        for text in prompts.text:
-            style = styles[zlib.crc32(f"style {text}".encode()) % len(styles)]
-            steps, written = chain_steps(text, gaps=style == "gaps"), CHAIN_STYLES[style]
-            work = [written.format(**step) for step in steps] if written else [":"]
-            final = steps[-1]["r"] if written else steps[0]["s"]
-            texts.append(" ".join([*work, "#", str(final), "<e>"]))
-        return pad(tokenizer(texts, add_special_tokens=False)["input_ids"])
+    def show(text: str) -> str:
+        style = styles[zlib.crc32(f"style {text}".encode()) % len(styles)]
+        steps, written = chain_steps(text, gaps=style == "gaps"), CHAIN_STYLES[style]
+        work = [written.format(**step) for step in steps] if written else [":"]
+        final = steps[-1]["r"] if written else steps[0]["s"]
+        return " ".join([*work, "#", str(final), "<e>"])
 
-    def judge(prompt: str, response: str, answer: str) -> bool:
+    def judge(response: str, answer: str) -> bool:
         return response.partition("#")[2].split()[:1] == [answer]
 
     return Task(name, tokenizer, CHAIN_TOKENS, partial(fresh_pairs, make), judge, show)
@@ -635,65 +626,78 @@ def synonym_laws(style: str) -> tuple[Tensor, Tensor, Tensor]:
     table = torch.stack([torch.randperm(CONCEPTS, generator=g) for _ in range(OPS)], dim=1)
     ranked = torch.rand(CONCEPTS, OPS, SYNONYMS, generator=g).argsort(-1)
     ranked += FIRST_WORD + SYNONYMS * torch.arange(CONCEPTS)[:, None, None]  # as word ids
-    best = 0.96 * torch.tensor([0.55, 0.30, 0.15]) + 0.0025
-    share = torch.full((SYNONYMS,), 0.0025 if style == "teacher" else 1e-3)
-    share[:4] = torch.tensor([*best, 0.0025] if style == "teacher" else [1e-3, 1e-3, 1e-3, 0.78])
-    law = torch.zeros(CONCEPTS, OPS, len(SYNONYM_WORDS)).scatter(
-        -1, ranked, share.expand_as(ranked)
-    )
+    rest, best = 1e-3, torch.tensor([0.0, 0.0, 0.0, 0.779])
+    if style == "teacher":
+        rest, best = 0.0025, 0.96 * torch.tensor([0.55, 0.30, 0.15, 0.0])
+    share = rest + torch.nn.functional.pad(best, (0, SYNONYMS - len(best)))
+    law = torch.zeros(CONCEPTS, OPS, len(SYNONYM_WORDS))
+    law.scatter_(-1, ranked, share.expand_as(ranked))
     zipf = 1 / torch.arange(1, OTHERS + 1)
     law[..., -OTHERS:] = (1 - share.sum()) * zipf / zipf.sum()
     return table, ranked, 0.99 * law + 0.01 / len(SYNONYM_WORDS)
 
 
-def synonym_task(name: str, style: str, tokenizer: Any) -> Task:
-    """The synonym task; right means every word is one the teacher prefers.  See load_task."""
-    need_words(name, tokenizer, SYNONYM_WORDS)
-    if tokenizer.convert_tokens_to_ids(SYNONYM_WORDS) != list(range(len(SYNONYM_WORDS))):
-        raise InputError(f"task = {name!r}: the tokenizer's ids must be in the task's order")
-    table, ranked, laws = synonym_laws(style)
+class SynonymTask(Task):
+    """The synonym task; right means every token is one the teacher prefers.  See load_task.
 
-    def make(rng: random.Random) -> tuple[str, str]:
+    A state is a row of `laws` (136, V).  Row i < 8: token i, a mark or an operator, is all but
+    certain; row 8 + 4 c + o: a word of concept c after operator o.  `preferred`, of the same
+    shape, is true on what the teacher says with more than .1: an operator, EOS, or its three words.
+    """
+
+    def __init__(self, name: str, style: str, tokenizer: Any) -> None:
+        super().__init__(name, tokenizer, 2 * HOPS + 1, partial(fresh_pairs, self.make))
+        need_words(name, tokenizer, SYNONYM_WORDS)
+        if tokenizer.convert_tokens_to_ids(SYNONYM_WORDS) != list(range(len(SYNONYM_WORDS))):
+            raise InputError(f"task = {name!r}: the tokenizer's ids must be in the task's order")
+        sure = 0.999 * torch.eye(len(SYNONYM_WORDS))[:FIRST_WORD] + 0.001 / len(SYNONYM_WORDS)
+        (self.table, _, own), (_, _, teacher) = synonym_laws(style), synonym_laws("teacher")
+        self.laws = torch.cat([sure, own.flatten(0, 1)])
+        self.preferred = torch.cat([sure, teacher.flatten(0, 1)]) > 0.1
+
+    def make(self, rng: random.Random) -> tuple[str, str]:
+        """A prompt and its operators."""
         ops = " ".join(f"op{rng.randrange(OPS)}" for _ in range(HOPS))
         return f"<b> w{rng.randrange(CONCEPTS)}.{rng.randrange(SYNONYMS)} {ops} =", ops
 
-    def next_law(prompt_ids: Tensor, tokens: Tensor) -> Tensor:
-        """(B, V) after these tokens: operators are copied in turn, words looked up, then EOS."""
-        t, prompt = tokens.shape[1], prompt_ids[:, -HOPS - 2 : -1]  # word, six operators
-        if t % 2:
-            word = prompt[:, 0] if t == 1 else tokens[:, t - 2]
-            concept, op = (word - FIRST_WORD) // SYNONYMS % CONCEPTS, (tokens[:, -1] - 4) % OPS
-            return laws[table[concept, op], op]
-        target = prompt[:, 1 + t // 2] if t < 2 * HOPS else torch.full_like(prompt[:, 0], 2)
-        sure = torch.nn.functional.one_hot(target, len(SYNONYM_WORDS))
-        return 0.999 * sure + 0.001 / len(SYNONYM_WORDS)
+    def states(self, prompt_ids: Tensor, tokens: Tensor) -> Tensor:
+        """(B, T), the state before each token: operators copied in turn, a word after each, EOS."""
+        given = prompt_ids[:, -HOPS - 2 : -1]  # word, six operators
+        last = torch.cat([given[:, :1], tokens[:, :-1]], dim=1)  # the token before
+        op, concept = (last - 4) % OPS, (last.roll(1, 1) - FIRST_WORD) // SYNONYMS % CONCEPTS
+        word = FIRST_WORD + OPS * self.table[concept, op] + op
+        t = torch.arange(tokens.shape[1])
+        copied = torch.nn.functional.pad(given[:, 1:], (0, 1), value=2)  # the operators, then EOS
+        return torch.where(t % 2 == 1, word, copied[:, (t // 2).clamp(max=HOPS)])
 
-    def law(rollout: Rollout) -> Tensor:
-        ids, tokens = rollout.prompt_ids.cpu(), rollout.tokens.cpu()
-        laws = [next_law(ids, tokens[:, :t]) for t in range(tokens.shape[1])]
-        return torch.stack(laws, dim=1).log().to(rollout.tokens.device)  # (B, T, V)
+    def law(self, rollout: "Rollout") -> Tensor:
+        """(B, T, V), the exact next-token log-probs at the rollout's states."""
+        states = self.states(rollout.prompt_ids.cpu(), rollout.tokens.cpu())
+        return self.laws.log()[states].to(rollout.tokens.device)
 
-    def show(prompts: Prompts) -> tuple[Tensor, Tensor]:
+    def demonstrations(self, prompts: Prompts) -> tuple[Tensor, Tensor]:
+        """One response a prompt, sampled from the law; the same prompts get the same noise."""
         noise = torch.rand(len(prompts.ids), 2 * HOPS + 1, generator=keyed_generator(prompts.text))
-        tokens = torch.empty(len(noise), 0, dtype=torch.long)
-        for u in noise.T:
-            token = inverse_cdf(next_law(prompts.ids, tokens), u)
-            tokens = torch.cat([tokens, token[:, None]], dim=1)
+        tokens = torch.zeros(noise.shape, dtype=torch.long)
+        for t, u in enumerate(noise.T):
+            tokens[:, t] = inverse_cdf(self.laws[self.states(prompts.ids, tokens)[:, t]], u)
         return tokens, through_eos(tokens, [2])
 
-    def judge(prompt: str, response: str, answer: str) -> bool:
-        said, ops = response.split(), answer.split()
-        concept, words = int(re.findall(r"w(\d+)", prompt)[0]), said[1::2]
-        if len(said) != 2 * HOPS + 1 or said[:-1:2] != ops or said[-1] != "<e>":
-            return False
-        for word, op in zip(words, (int(o[2:]) for o in ops), strict=True):
-            concept = int(table[concept, op])
-            if word not in [SYNONYM_WORDS[i] for i in ranked[concept, op, :3]]:
-                return False
-        return True
+    def verify(self, prompts: Prompts, rollout: "Rollout") -> Tensor:
+        """(B,) bool: is every token preferred, through the EOS that the last word calls for?"""
+        tokens, mask = rollout.tokens.cpu(), rollout.mask.cpu()
+        right = self.preferred[self.states(rollout.prompt_ids.cpu(), tokens), tokens]
+        return (right | ~mask).all(1) & (mask.sum(1) == 2 * HOPS + 1)
 
-    draw = partial(fresh_pairs, make)
-    return Task(name, tokenizer, 2 * HOPS + 1, draw, judge, show, law)
+
+class Row(BaseModel):
+    """One line of a task file; other fields are ignored."""
+
+    model_config = ConfigDict(strict=True)
+    prompt: str
+    answer: str | int | float
+    response: str | None = None
+    split: str | None = None
 
 
 def jsonl_task(path: str, tokenizer: Any, max_tokens: int = 1024) -> Task:
@@ -703,56 +707,40 @@ def jsonl_task(path: str, tokenizer: Any, max_tokens: int = 1024) -> Task:
     it names, else to its hash's.  A prompt may stand in one row only, and either all rows have a
     response or none has.  Raises InputError naming the file and the line.
     """
-    file = Path(path) if Path(path).exists() else HERE / path
-    rows: dict[str, list[tuple[str, str]]] = {split: [] for split in SPLITS}
-    responses: dict[str, str | None] = {}
-    try:
-        lines = file.read_text().splitlines()
-    except (OSError, ValueError) as error:
-        raise InputError(f"task = {path!r}: must be a readable text file ({error})") from None
+    with must(f"task = {path!r}", "be a readable text file"):
+        lines = Path(find(path)).read_text().splitlines()
+    rule = "be a JSON object with a prompt that is new and has tokens, an answer with a number, "
+    rule += f"a response in all rows or in none, and a split, if any, from {', '.join(SPLITS)}"
+    chat = dict(tokenize=False, add_generation_prompt=True, enable_thinking=False)
+    rows: dict[str, Row] = {}
     for number, line in enumerate(lines, 1):
-        why = ""
-        try:
-            row = json.loads(line)
-            prompt, answer, response = row["prompt"], str(row["answer"]), row.get("response")
-            split = rows[row.get("split") or split_of(prompt)]
+        with must(f"task = {path!r}, line {number}", rule):
+            row = Row.model_validate_json(line)
+            text, row.split = row.prompt, row.split or split_of(row.prompt)
             if tokenizer.chat_template is not None:
-                prompt = tokenizer.apply_chat_template(
-                    [{"role": "user", "content": prompt}], tokenize=False,
-                    add_generation_prompt=True, enable_thinking=False,
-                )  # fmt: skip
-            usable = bool(tokenizer(prompt)["input_ids"]) and last_number(answer) is not None
-            usable = usable and prompt not in responses and isinstance(response, str | None)
-            usable = usable and (response is None) == (
-                next(iter(responses.values()), response) is None
-            )
-        except Exception as error:  # whatever a line does to JSON, dict, template or tokenizer
-            usable, why = False, f" ({error!r})"
-        if not usable:
-            raise InputError(
-                f"task = {path!r}, line {number}: must be a JSON object with a prompt that the "
-                "tokenizer can read and no other row has, an answer with a number, a response in "
-                f"all rows or in none, and a split, if any, from {', '.join(SPLITS)}{why}"
-            )
-        split.append((prompt, answer))
-        responses[prompt] = response and response + (tokenizer.eos_token or "")
+                text = tokenizer.apply_chat_template([{"role": "user", "content": text}], **chat)
+            first = next(iter(rows.values()), row)
+            usable = bool(tokenizer(text)["input_ids"]) and last_number(str(row.answer)) is not None
+            usable = usable and text not in rows and row.split in SPLITS
+            if not usable or (row.response is None) != (first.response is None):
+                raise ValueError(f"got {row!r}")
+            rows[text] = row
 
     def draw(n: int, split: str, rng: random.Random) -> list[tuple[str, str]]:
-        if not rows[split]:
+        pool = [(text, str(row.answer)) for text, row in rows.items() if row.split == split]
+        if not pool:
             raise InputError(f"task = {path!r}: no row in split {split!r}; add rows that name it")
-        times = -(-n // len(rows[split])) if split == "train" else 1  # held-out rows only once
-        return [p for _ in range(times) for p in rng.sample(rows[split], len(rows[split]))][:n]
+        times = -(-n // len(pool)) if split == "train" else 1  # held-out rows only once
+        return [pair for _ in range(times) for pair in rng.sample(pool, len(pool))][:n]
 
-    def show(prompts: Prompts) -> tuple[Tensor, Tensor]:
-        texts = [responses[text] for text in prompts.text]
-        return pad(tokenizer(texts, add_special_tokens=False)["input_ids"])
+    def judge(response: str, answer: str) -> bool:
+        return last_number(response) == last_number(answer)
 
-    def judge(prompt: str, response: str, answer: str) -> bool:
-        said = last_number(response)
-        return said is not None and said == last_number(answer)
+    def show(text: str) -> str:
+        return rows[text].response + (tokenizer.eos_token or "")
 
-    shown = None if None in responses.values() else show
-    return Task(path, tokenizer, max_tokens, draw, judge, shown)
+    shown = all(row.response is not None for row in rows.values())
+    return Task(path, tokenizer, max_tokens, draw, judge, show if shown else None)
 
 
 def last_number(text: str) -> Decimal | None:
@@ -2225,23 +2213,13 @@ def draw_curve(rows: list[dict], result: dict[str, Any], path: Path) -> None:
 # ------------------------------------------------------------------------------------------------
 
 
-def help_text() -> str:
+def print_help() -> None:
     """Usage and every Config field: the names allowed, if few, its documentation, its default."""
-    uses = "[CONFIG.json] [--field value ...]", "--resume runs/NAME", "report runs/NAME", "methods"
-    lines = [*(f"python opd.py {use}" for use in uses), "", "fields (default):"]
+    print(__doc__.rpartition("\n\n")[2] + "\nfields (default):")
     for name, field in Config.model_fields.items():
         names = ", ".join(v for v in get_args(field.annotation) if isinstance(v, str))
         text = f"{names}{': ' * bool(names)}{field.description}"
-        lines.append(f"  --{name:20} {text} ({field.default})")
-    return "\n".join(lines)
-
-
-def methods_text() -> str:
-    """METHODS, a line for each with the fields that it sets."""
-    settings = {
-        m: ", ".join(f"{k}={v}" for k, v in fields.items()) for m, fields in METHODS.items()
-    }
-    return "\n".join(f"{name:<10} {fields}" for name, fields in settings.items())
+        print(f"  --{name:20} {text} ({field.default})")
 
 
 def parse(argv: list[str]) -> tuple[list[str], dict[str, Any]]:
@@ -2254,33 +2232,31 @@ def parse(argv: list[str]) -> tuple[list[str], dict[str, Any]]:
         name, equals, text = word[2:].partition("=")
         if (text := text if equals else next(rest, None)) is None:
             raise InputError(f"{word}: needs a value")
+        fields[name] = None if text.lower() in ("none", "null") else text
         field = Config.model_fields.get(name)
-        try:
-            texts = name == "resume" or (field and field.annotation in (str, str | None))
-            none = text.lower() in ("none", "null")
-            fields[name] = None if none else text if texts else json.loads(text.lower())
-        except json.JSONDecodeError:
-            fields[name] = text
+        if name != "resume" and not (field and field.annotation in (str, str | None)):
+            with suppress(ValueError):
+                fields[name] = json.loads(text.lower())
     return words, fields
 
 
 def resumable(folder: str) -> Config:
     """The config of a run that can go on.  InputError: no such run, or it is finished."""
-    if not (Path(folder) / "config.json").exists():
-        raise InputError(f"resume = {folder!r}: must be a run's folder; no config.json there")
     if (Path(folder) / "result.json").exists():
         raise InputError(f"resume = {folder!r}: that run is finished; see {folder}/report.md")
-    return Config.load(Path(folder) / "config.json")
+    with must(f"resume = {folder!r}", "be a run's folder"):
+        return Config.load(Path(folder) / "config.json")
 
 
 def run_command(argv: list[str]) -> None:
     """Do what the command line asks for."""
     if {"-h", "--help"} & {*argv}:
-        return print(help_text())
+        return print_help()
     words, fields = parse(argv)
     resume = fields.pop("resume", None)
     if words == ["methods"]:
-        print(methods_text())
+        for method, sets in METHODS.items():
+            print(f"{method:<10}", ", ".join(f"{field}={value}" for field, value in sets.items()))
     elif len(words) == 2 and words[0] == "report":
         report(words[1])
         print(f"{words[1]}/report.md")
