@@ -31,14 +31,13 @@ than method (plots, comparisons, token heat maps) lives in notebooks/lab.py.
 """
 
 import copy
-import dataclasses
 import difflib
 import hashlib
+import importlib
 import itertools
 import json
 import math
 import os
-import platform
 import random
 import re
 import resource
@@ -50,7 +49,7 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from decimal import Decimal
 from functools import partial
 from pathlib import Path
@@ -61,7 +60,7 @@ import transformers
 from einops import rearrange, reduce
 from matplotlib.figure import Figure
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import Module
@@ -79,6 +78,12 @@ class InputError(ValueError):
 
 class TrainingStopped(RuntimeError):
     """Training cannot go on.  The message says where and what to do next.  Exit code 1."""
+
+
+def require(fine: Any, message: str) -> None:
+    """InputError with this message unless `fine`."""
+    if not fine:
+        raise InputError(message)
 
 
 @contextmanager
@@ -105,7 +110,7 @@ def opt(default: Any, doc: str, **limits: Any) -> Any:
 MANY = 2**20  # more rows or tokens than this are a slip of the keyboard
 
 
-ROUTE_B, SCORED = ["policy_gradient"], ["teacher", "law"]
+ROUTE_B, SCORED, KLS = ["policy_gradient"], ["teacher", "law"], ["reverse_kl", "forward_kl"]
 LOG_RATIO = dict(route=ROUTE_B, feedback=["teacher"], divergence=["reverse_kl"])
 NEEDS: list[tuple[str, list, dict[str, list]]] = [  # field, its values (none: any but the default)
     ("feedback", ["law", "imitation"], dict(route=["direct"])),
@@ -118,15 +123,12 @@ NEEDS: list[tuple[str, list, dict[str, list]]] = [  # field, its values (none: a
     ("baseline", ["leave_one_out"], dict(route=ROUTE_B)),
     ("baseline", ["kl", "value"], LOG_RATIO),
     ("negative", [], LOG_RATIO),
-    (
-        "support",
-        [],
-        dict(route=["direct"], feedback=SCORED, divergence=["reverse_kl", "forward_kl"]),
-    ),
+    ("support", [], dict(route=["direct"], feedback=SCORED, divergence=KLS)),
     ("weighting", [], dict(feedback=SCORED)),
     ("entropy_threshold", [], dict(feedback=SCORED)),
     ("importance_cap", [], dict(states=["student"], teacher_prefix=[0])),
     ("reward_scale", [], dict(feedback=SCORED)),
+    ("tail", ["stop_gradient", "generalised"], dict(divergence=["reverse_kl", "jsd"])),
 ]  # ... and what each then needs
 
 
@@ -153,39 +155,31 @@ class Config(BaseModel):
     horizon: int | float | None = opt(None, "tokens, or a share of max_tokens; null: all")
     max_tokens: int | None = opt(None, "longest response; null: the task's", ge=1, le=MANY)
     # feedback and its route into an update
-    feedback: Literal["teacher", "law", "verifier", "imitation"] = opt(
-        "teacher", "teacher's scores, the task's exact law, right or wrong, or copy the text"
-    )
+    # law: the task's exact one; verifier: right or wrong; imitation: copy the text
+    feedback: Literal["teacher", "law", "verifier", "imitation"] = opt("teacher", "what judges")
     route: Literal["direct", "policy_gradient"] = opt("direct", "A: divergence, B: log-ratio")
     divergence: Literal["reverse_kl", "forward_kl", "jsd"] = opt("reverse_kl", "what descends")
     beta: float = opt(0.5, "jsd: the teacher's weight in the mixture", gt=0, lt=1)
-    support: Literal["full", "student", "teacher", "union", "intersection"] = opt(
-        "full", "route A: the whole vocabulary, or whose top_k"
-    )
+    # route A's support: the whole vocabulary, or the top_k of one or both
+    support: Literal["full", "student", "teacher", "union", "intersection"] = opt("full", "tokens")
     top_k: int = opt(16, "size of supports, candidate sets and overlaps", ge=1, le=MANY)
-    tail: Literal["stop_gradient", "generalised", "renormalise", "bucket"] = opt(
-        "bucket", "what becomes of the mass off the support"
-    )
+    tail: Literal["stop_gradient", "generalised", "renormalise", "bucket"] = opt("bucket", "rest")
     # route B's credit, and what negative feedback turns into
     gamma: float = opt(0.0, "discount: 0 immediate credit, 1 return-to-go", ge=0, le=1)
-    baseline: Literal["none", "leave_one_out", "kl", "value"] = opt(
-        "none", "the prompt's other samples, the closed form -KL, or a learned value (GAE)"
-    )
+    # leave_one_out: the prompt's other samples; kl: vOPD's closed form; value: a critic, GAE
+    baseline: Literal["none", "leave_one_out", "kl", "value"] = opt("none", "what is expected")
     gae_lambda: float = opt(0.95, "value: 1 trusts returns, 0 the critic", ge=0, le=1)
     value_lr: float = opt(1e-2, "value: the critic's learning rate", gt=0, le=10)
     value_warmup: int = opt(5, "value: steps in which the critic only learns", ge=0)
-    negative: Literal["suppress", "route", "local_kl"] = opt(
-        "suppress", "A < 0: lower the token, route its mass (CR-OPD), a local forward KL (AOPD)"
-    )
+    # route: CR-OPD names who gets the mass; local_kl: AOPD's forward KL on the teacher's top_k
+    negative: Literal["suppress", "route", "local_kl"] = opt("suppress", "what A < 0 turns into")
     rho: float = opt(1.0, "route: strength", ge=0, le=1)
     min_prob: float = opt(1e-4, "route: reachable means the student gives so much", ge=0, lt=1)
     importance_ratio: bool = opt(False, "route B: p / p_before in front of the advantage")
     clip: float | None = opt(None, "route B: keep the ratio in 1 - clip .. 1 + clip", gt=0, lt=1)
     allow_top_p_bias: bool = opt(False, "accept route B's bias where top_p < 1")
     # gates, weights, regularizers
-    weighting: Literal["none", "position", "overlap"] = opt(
-        "none", "early, or before overlap falls"
-    )
+    weighting: Literal["none", "position", "overlap"] = opt("none", "early; while laws overlap")
     weight_strength: float = opt(0.5, "position: gain; overlap: decay a token", ge=0, le=10)
     overlap_threshold: float = opt(0.7, "overlap: lower than this is low", ge=0, le=1)
     entropy_threshold: float | None = opt(None, "teacher's nats above which a forward KL is added")
@@ -229,36 +223,30 @@ class Config(BaseModel):
             value = getattr(c, field)
             if value in values if values else value != type(c).model_fields[field].default:
                 for other, allowed in needs.items():
-                    if getattr(c, other) not in allowed:
-                        names = " or ".join(map(json.dumps, allowed))
-                        raise ValueError(f"{field} = {value!r}: needs {other} = {names}")
+                    names = " or ".join(map(json.dumps, allowed))
+                    fine = getattr(c, other) in allowed
+                    require(fine, f"{field} = {value!r}: needs {other} = {names}")
         writers = {c.states, c.off_policy if c.states == "mixed" else c.states, c.feedback}
+        horizon = c.horizon is None or (0 < c.horizon < 1 if share else c.horizon >= 1)
         referring = c.reward_scale != 1 or c.reference_kl > 0
-        for wrong, why in (
-            (c.horizon is not None and not (0 < c.horizon < 1 if share else c.horizon >= 1),
-             f"horizon = {c.horizon}: an integer is tokens, at least 1; a float a share in (0, 1)"),
-            (c.teacher is None and ("teacher" in writers or c.teacher_prefix),
+        for fine, why in (
+            (horizon, f"horizon = {c.horizon}: tokens, at least 1, or a float share in (0, 1)"),
+            (c.teacher or not ("teacher" in writers or c.teacher_prefix),
              "teacher = null: feedback, states or teacher_prefix need one; name a model"),
-            (c.route == "policy_gradient" and c.top_p < 1 and not c.allow_top_p_bias,
-             f"top_p = {c.top_p}: below 1 it biases route = 'policy_gradient'; use 1, or set "
-             "allow_top_p_bias = true"),
-            (c.support != "full" and c.divergence == "forward_kl"
-             and c.tail in ("stop_gradient", "generalised"),
-             f"tail = {c.tail!r}: divergence = 'forward_kl' takes renormalise or bucket"),
-            (referring != (c.reference is not None),
-             f"reference = {c.reference!r}: a model, and then reward_scale other than 1 or "
-             "reference_kl above 0; or null and neither"),
-            (c.baseline == "leave_one_out" and c.samples_per_prompt < 2,
+            (c.route == "direct" or c.top_p == 1 or c.allow_top_p_bias, f"top_p = {c.top_p}: "
+             "biases route = 'policy_gradient'; use 1, or set allow_top_p_bias = true"),
+            (referring == (c.reference is not None), f"reference = {c.reference!r}: a model, and "
+             "then reward_scale other than 1 or reference_kl above 0; or null and neither"),
+            (c.baseline != "leave_one_out" or c.samples_per_prompt > 1,
              "baseline = 'leave_one_out': needs samples_per_prompt >= 2"),
-            (c.batch_size % c.samples_per_prompt,
+            (c.batch_size % c.samples_per_prompt == 0,
              f"samples_per_prompt = {c.samples_per_prompt}: must divide batch_size {c.batch_size}"),
-            ((c.micro_batch or 0) > c.batch_size,
+            ((c.micro_batch or 0) <= c.batch_size,
              f"micro_batch = {c.micro_batch}: must be at most batch_size = {c.batch_size}"),
-            (c.stop_accuracy and not c.eval_every,
+            (c.eval_every or not c.stop_accuracy,
              f"stop_accuracy = {c.stop_accuracy}: needs eval_every of at least 1"),
         ):  # fmt: skip
-            if wrong:
-                raise ValueError(why)
+            require(fine, why)
         return self
 
     @classmethod
@@ -269,21 +257,15 @@ class Config(BaseModel):
         Raises InputError, one line, for: a missing or broken file, an unknown field, a wrong type
         or range, a contradiction, and a file field that the preset of an overriding method sets.
         """
-        try:
-            given = json.loads(Path(path).read_text()) if path is not None else {}
-        except (OSError, ValueError) as error:
-            raise InputError(
-                f"config = {str(path)!r}: not a readable JSON file ({error})"
-            ) from None
-        if not isinstance(given, dict):
-            raise InputError(f"config = {str(path)!r}: must be one JSON object of fields")
+        given = {}
+        if path is not None:
+            with must(f"config = {str(path)!r}", "be a readable JSON file of fields"):
+                given = dict(json.loads(Path(path).read_text()))
         method = overrides.get("method", given.get("method"))
         if method != given.get("method"):
             for field in sorted(preset(method).keys() & given.keys() - overrides.keys()):
-                raise InputError(
-                    f"{field} = {given[field]!r} in {str(path)!r} and method = {method!r} both set "
-                    f"{field}; take it out of the file or give --{field} too"
-                )
+                both = f"{field} = {given[field]!r} in {str(path)!r} and method = {method!r} both "
+                raise InputError(f"{both}set {field}; take one out, or give --{field} too")
         try:
             return cls(**{**given, **overrides})
         except ValidationError as error:
@@ -307,11 +289,9 @@ METHODS: dict[str, dict[str, Any]] = {
     # on-policy, route A: reverse KL over the whole vocabulary  [paper 2605.11739; derived]
     "opd_full": dict(states="student", feedback="teacher", route="direct", divergence="reverse_kl"),
     # on-policy, route B, Thinking Machines: sampled token, immediate credit, ratio  [code tinker]
-    "opd": dict(states="student", feedback="teacher", route="policy_gradient",
-                importance_ratio=True),
+    "opd": dict(feedback="teacher", route="policy_gradient", importance_ratio=True),
     # Rethinking OPD 2604.13016 eq. 5: renormalised on the student's top 16  [secondary]
-    "rethinking_topk": dict(route="direct", divergence="reverse_kl", support="student", top_k=16,
-                            tail="renormalise"),
+    "rethinking_topk": dict(route="direct", support="student", top_k=16, tail="renormalise"),
     # vOPD 2605.07865: minus the state's value in closed form  [secondary; derived]
     "vopd": dict(route="policy_gradient", baseline="kl"),
     # OPD+ 2606.01039: another divergence with its own advantage; jsd is our pick  [reconstruction]
@@ -326,16 +306,14 @@ METHODS: dict[str, dict[str, Any]] = {
     "iw_opd": dict(route="policy_gradient", weighting="position", weight_strength=0.5),
     # Prune-OPD 2605.07804: top-k, weights that fall with low overlap; its decay is .01, made for
     # thousands of tokens, ours for tens  [code, a copy; reconstruction: the decay]
-    "prune_opd": dict(route="direct", divergence="reverse_kl", support="student",
-                      tail="stop_gradient", top_k=16, weighting="overlap", overlap_threshold=0.7,
-                      weight_strength=0.05),
+    "prune_opd": dict(route="direct", support="student", top_k=16, tail="stop_gradient",
+                      weighting="overlap", overlap_threshold=0.7, weight_strength=0.05),
     # GAE-OPD: a learned value of what is still to come  [reconstruction]
     "gae_opd": dict(route="policy_gradient", baseline="value", gamma=0.9, gae_lambda=0.95),
     # CR-OPD: suppressed mass goes to what the teacher supports  [reconstruction]
     "cr_opd": dict(route="policy_gradient", negative="route", rho=1.0, top_k=16, min_prob=1e-4),
     # GKD 2306.13649: mixed states, generalised JSD  [secondary]
-    "gkd": dict(states="mixed", student_share=0.5, off_policy="data", feedback="teacher",
-                route="direct", divergence="jsd", beta=0.5),
+    "gkd": dict(states="mixed", student_share=0.5, off_policy="data", divergence="jsd", beta=0.5),
     # off-policy distillation: forward KL on the teacher's own text  [derived]
     "kd": dict(states="teacher", feedback="teacher", route="direct", divergence="forward_kl"),
     # supervised fine-tuning on demonstrations; --states teacher: on teacher samples  [derived]
@@ -350,10 +328,10 @@ def preset(method: str) -> dict[str, Any]:
     """The fields that a method, or several joined by +, sets.  InputError: unknown, or overlap."""
     fields: dict[str, Any] = {}
     for name in str(method).split("+"):
-        if name not in METHODS:
-            raise InputError(f"method = {method!r}: {name!r} is not one of {', '.join(METHODS)}")
-        if twice := sorted(fields.keys() & METHODS[name].keys()):
-            raise InputError(f"method = {method!r}: {name} sets {twice[0]}, which is already set")
+        known = ", ".join(METHODS)
+        require(name in METHODS, f"method = {method!r}: {name!r} is not one of {known}")
+        twice = sorted(fields.keys() & METHODS[name].keys())
+        require(not twice, f"method = {method!r}: {name} sets {twice}, which is already set")
         fields |= METHODS[name]
     return fields
 
@@ -374,8 +352,10 @@ def same_model(one: str, other: str) -> bool:
     return Path(find(one)).resolve() == Path(find(other)).resolve()
 
 
-def load_model(name: str, role: str = "student", *, device: str = "cpu", seed: int = 0) -> Module:
-    """A causal LM of transformers, from safetensors only.  role: student or teacher.
+def load_model(
+    name_or_dir: str, role: str = "student", *, device: str = "cpu", seed: int = 0
+) -> Module:
+    """A causal LM of transformers, from safetensors only.  role: student, teacher or reference.
 
     The student is fp32 (AdamW in pure bf16 at lr 1e-6 moves nothing [secondary]) and takes
     gradients; the teacher is frozen, and on a GPU bf16, or fp16 where the GPU has no bf16.  Both
@@ -384,13 +364,13 @@ def load_model(name: str, role: str = "student", *, device: str = "cpu", seed: i
     Raises InputError: no such model, weights that are not safetensors, not a causal LM, or one
     that changes its logits after the output layer (a soft cap, a scale).
     """
-    folder, dtype = find(name), torch.float32
-    if role == "teacher" and device != "cpu":
+    folder, dtype, who = find(name_or_dir), torch.float32, f"{role} = {name_or_dir!r}"
+    if role != "student" and device != "cpu":
         dtype = torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
     suffixes = {path.suffix for path in Path(folder).glob("*")}  # none for a hub name
     blank = ".json" in suffixes and not suffixes & {".safetensors", ".bin", ".pt", ".pth"}
     rule = "be a folder here, or a model on the Hugging Face hub, with a causal LM in safetensors"
-    with must(f"{role} = {name!r}", rule), torch.random.fork_rng(devices=[]):
+    with must(who, rule), torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)  # fresh weights are drawn on the CPU
         if role == "student" and blank:
             config = AutoConfig.from_pretrained(folder)
@@ -401,15 +381,15 @@ def load_model(name: str, role: str = "student", *, device: str = "cpu", seed: i
     with torch.no_grad():  # losses are computed from hidden states: nothing may stand in between
         ids = torch.tensor([[1, 2]], device=device)
         head = model.get_output_embeddings()(model.base_model(ids).last_hidden_state)
-        if not torch.allclose(head, model(ids).logits, atol=1e-2, rtol=1e-2):
-            raise InputError(f"{role} = {name!r}: must have logits that are its head's output")
+        plain = torch.allclose(head, model(ids).logits, atol=1e-2, rtol=1e-2)
+    require(plain, f"{who}: must have logits that are its head's output")
     return model
 
 
-def load_tokenizer(name: str, role: str = "student") -> Any:
+def load_tokenizer(name_or_dir: str, role: str = "student") -> Any:
     """The tokenizer of a model folder or hub name; role names it in the InputError if none."""
-    with must(f"{role} = {name!r}", "have a tokenizer"):
-        return AutoTokenizer.from_pretrained(find(name))
+    with must(f"{role} = {name_or_dir!r}", "have a tokenizer"):
+        return AutoTokenizer.from_pretrained(find(name_or_dir))
 
 
 def eos_ids_of(model: Module) -> list[int]:
@@ -433,8 +413,7 @@ def check_pair(student: Module, teacher: Module, student_tok: Any, teacher_tok: 
         which = f"token {i} is {ours!r} for the student, {theirs!r} for the teacher"
         raise InputError(f"student and teacher must share a vocabulary: {which}")
     size, rows = max(vocab.values()) + 1, (student.config.vocab_size, teacher.config.vocab_size)
-    if min(rows) < size:
-        raise InputError(f"embedding rows {rows}: must be at least the vocabulary's {size}")
+    require(min(rows) >= size, f"embedding rows {rows}: must be at least the vocabulary's {size}")
     if eos_ids_of(student) != eos_ids_of(teacher):
         ids = f"student {eos_ids_of(student)}, teacher {eos_ids_of(teacher)}"
         warnings.warn(f"EOS ids differ: {ids}; sampling stops at any of them", stacklevel=2)
@@ -459,26 +438,25 @@ class Task:
     tokenizer   of the student; the teacher's is the same (check_pair)
     max_tokens  longest response, EOS included
     draw        (n, split, random.Random) -> at most n pairs (prompt text, answer)
-    judge       (response text, answer) -> bool
-    show        prompt text -> response text to learn from; or None
-    law         method, Rollout -> (B, T, V), the exact next-token log-probs at its states; or None
+    verify      (Prompts, Rollout) -> (B,) bool: is the final answer right?
+    show        Prompts -> (tokens (B, T), mask), one response a prompt to learn from; or None
+    law         Rollout -> (B, T, V), the exact next-token log-probs at its states; or None
     """
 
     name: str
     tokenizer: Any
     max_tokens: int
     draw: Callable
-    judge: Callable | None = None
+    verify: Callable
     show: Callable | None = None
-    law = None
+    law: Callable | None = None
 
     def prompts(self, n: int, split: str = "train", seed: int = 0) -> Prompts:
         """n prompts.  A text belongs to one split for ever, so splits are disjoint.
 
         split: train; validation, for early decisions and learning rates; test, for evaluation.
         """
-        if split not in SPLITS:
-            raise InputError(f"split = {split!r}: must be one of {', '.join(SPLITS)}")
+        require(split in SPLITS, f"split = {split!r}: must be one of {', '.join(SPLITS)}")
         pairs = self.draw(n, split, random.Random(f"{split} {seed}"))
         texts, answers = [p for p, _ in pairs], [a for _, a in pairs]
         special = self.tokenizer.chat_template is None  # a chat template has written its own
@@ -487,15 +465,8 @@ class Task:
 
     def demonstrations(self, prompts: Prompts) -> tuple[Tensor, Tensor]:
         """One response a prompt to learn from: tokens (B, T), mask (B, T) true through EOS."""
-        if self.show is None:
-            raise InputError(f"task = {self.name!r}: no demonstrations; rows need a 'response'")
-        texts = [*map(self.show, prompts.text)]
-        return pad(self.tokenizer(texts, add_special_tokens=False)["input_ids"])
-
-    def verify(self, prompts: Prompts, rollout: "Rollout") -> Tensor:
-        """(B,) bool: is the final answer right?"""
-        texts = response_texts(self.tokenizer, rollout)
-        return torch.tensor([*map(self.judge, texts, prompts.answer)])
+        require(self.show, f"task = {self.name!r}: no demonstrations; rows need a 'response'")
+        return self.show(prompts)
 
 
 SPLITS = ("train", "validation", "test")
@@ -532,31 +503,49 @@ def response_texts(tokenizer: Any, rollout: "Rollout") -> list[str]:
     return tokenizer.batch_decode([row[keep] for row, keep in rows])
 
 
-def load_task(name: str, tokenizer: Any) -> Task:
+def text_task(
+    name: str, tokenizer: Any, max_tokens: int, draw: Callable, judge: Callable, tell: Callable
+) -> Task:
+    """A task about texts: judge(response, answer) -> bool; tell(prompt text) -> response text."""
+
+    def verify(prompts: Prompts, rollout: Rollout) -> Tensor:
+        return torch.tensor([*map(judge, response_texts(tokenizer, rollout), prompts.answer)])
+
+    def show(prompts: Prompts) -> tuple[Tensor, Tensor]:
+        texts = [*map(tell, prompts.text)]
+        return pad(tokenizer(texts, add_special_tokens=False)["input_ids"])
+
+    return Task(name, tokenizer, max_tokens, draw, verify, show)
+
+
+def load_task(name_or_jsonl: str, tokenizer: Any) -> Task:
     """A task by name, or from a JSONL file.  InputError for unknown names and broken files.
 
     chain[/STYLE]    modular arithmetic; STYLE of the demonstrations: careful, gaps, reordered,
                      terse, guess, or several joined by + (a prompt's hash then picks one)
     synonyms         1,000 symbols, many of which say the same thing; synonyms/student: the law of
-                     a student that has a wrong favourite
+                     a student that has a wrong favourite.  An experiment: it lives in lab.py
     FILE.jsonl       one {"prompt", "answer"} a line, optionally "response" and "split"
     """
-    kind, _, style = name.partition("/")
+    kind, _, style = name_or_jsonl.partition("/")
     styles = (style or "careful").split("+")
-    if name.endswith(".jsonl"):
-        return jsonl_task(name, tokenizer)
+    if name_or_jsonl.endswith(".jsonl"):
+        return jsonl_task(name_or_jsonl, tokenizer)
     if kind == "chain" and {*styles} <= {*CHAIN_STYLES}:
-        return chain_task(name, styles, tokenizer)
-    if kind == "synonyms" and style in ("", "teacher", "student"):
-        return SynonymTask(name, style or "teacher", tokenizer)
+        return chain_task(name_or_jsonl, styles, tokenizer)
+    if name_or_jsonl in ("synonyms", "synonyms/teacher", "synonyms/student"):
+        sys.modules.setdefault("opd", sys.modules[__name__])  # lab.py imports this very module
+        sys.path.append(str(HERE / "notebooks"))
+        return importlib.import_module("lab").synonym_task(name_or_jsonl, tokenizer)
     chain = f"chain[/STYLE], STYLE from {', '.join(CHAIN_STYLES)}, joined by +"
-    raise InputError(f"task = {name!r}: must be {chain}, or synonyms[/student], or FILE.jsonl")
+    what = f"{chain}, or synonyms[/student], or FILE.jsonl"
+    raise InputError(f"task = {name_or_jsonl!r}: must be {what}")
 
 
 def need_words(task: str, tokenizer: Any, words: list[str]) -> None:
     """InputError unless each word is one token."""
-    if missing := sorted({*words} - {*tokenizer.get_vocab()}):
-        raise InputError(f"task = {task!r}: the student's tokenizer has no token {missing[0]!r}")
+    missing = sorted({*words} - {*tokenizer.get_vocab()})
+    require(not missing, f"task = {task!r}: the student's tokenizer has no token {missing[:1]}")
 
 
 # Chains: `<b> s op d op d ... =`, eight steps mod 7.  An early mistake spoils all that follows.
@@ -592,7 +581,7 @@ def chain_task(name: str, styles: list[str], tokenizer: Any) -> Task:
         text = " ".join(["<b>", str(rng.randrange(CHAIN_MOD)), *steps, "="])
         return text, str(chain_steps(text)[-1]["r"])
 
-    def show(text: str) -> str:
+    def tell(text: str) -> str:
         style = styles[zlib.crc32(f"style {text}".encode()) % len(styles)]
         steps, written = chain_steps(text, gaps=style == "gaps"), CHAIN_STYLES[style]
         work = [written.format(**step) for step in steps] if written else [":"]
@@ -602,92 +591,7 @@ def chain_task(name: str, styles: list[str], tokenizer: Any) -> Task:
     def judge(response: str, answer: str) -> bool:
         return response.partition("#")[2].split()[:1] == [answer]
 
-    return Task(name, tokenizer, CHAIN_TOKENS, partial(fresh_pairs, make), judge, show)
-
-
-# Synonyms: `<b> word op op op op op op =`, answered by `op word op word ... <e>`.  The next concept
-# is a table of (concept of the last word, op).  A concept has 16 words; which three of them the
-# teacher prefers depends on (concept, op).  The student's law prefers a fourth, wrong one, and has
-# a noisy tail.  Word ids: 4 marks, 4 operators, 32 x 16 words `wCONCEPT.SYNONYM`, 480 others.
-CONCEPTS, SYNONYMS, OPS, OTHERS, HOPS = 32, 16, 4, 480, 6
-SYNONYM_WORDS = ["<pad>", "<b>", "<e>", "=", *(f"op{o}" for o in range(OPS))]
-FIRST_WORD = len(SYNONYM_WORDS)
-SYNONYM_WORDS += [f"w{c}.{s}" for c in range(CONCEPTS) for s in range(SYNONYMS)]
-SYNONYM_WORDS += [f"x{i}" for i in range(OTHERS)]
-
-
-def synonym_laws(style: str) -> tuple[Tensor, Tensor, Tensor]:
-    """next concept (32, 4); words ranked for (concept, op), (32, 4, 16); law of a word (32, 4, V).
-
-    Teacher: .95 on the first three ranks, .04 over all sixteen.  Student: .78 on the fourth rank,
-    1e-3 on each other one, .2 on a Zipf tail.  Both: .01 over everything, so logs stay finite.
-    """
-    g = torch.Generator().manual_seed(0)
-    table = torch.stack([torch.randperm(CONCEPTS, generator=g) for _ in range(OPS)], dim=1)
-    ranked = torch.rand(CONCEPTS, OPS, SYNONYMS, generator=g).argsort(-1)
-    ranked += FIRST_WORD + SYNONYMS * torch.arange(CONCEPTS)[:, None, None]  # as word ids
-    rest, best = 1e-3, torch.tensor([0.0, 0.0, 0.0, 0.779])
-    if style == "teacher":
-        rest, best = 0.0025, 0.96 * torch.tensor([0.55, 0.30, 0.15, 0.0])
-    share = rest + torch.nn.functional.pad(best, (0, SYNONYMS - len(best)))
-    law = torch.zeros(CONCEPTS, OPS, len(SYNONYM_WORDS))
-    law.scatter_(-1, ranked, share.expand_as(ranked))
-    zipf = 1 / torch.arange(1, OTHERS + 1)
-    law[..., -OTHERS:] = (1 - share.sum()) * zipf / zipf.sum()
-    return table, ranked, 0.99 * law + 0.01 / len(SYNONYM_WORDS)
-
-
-class SynonymTask(Task):
-    """The synonym task; right means every token is one the teacher prefers.  See load_task.
-
-    A state is a row of `laws` (136, V).  Row i < 8: token i, a mark or an operator, is all but
-    certain; row 8 + 4 c + o: a word of concept c after operator o.  `preferred`, of the same
-    shape, is true on what the teacher says with more than .1: an operator, EOS, or its three words.
-    """
-
-    def __init__(self, name: str, style: str, tokenizer: Any) -> None:
-        super().__init__(name, tokenizer, 2 * HOPS + 1, partial(fresh_pairs, self.make))
-        need_words(name, tokenizer, SYNONYM_WORDS)
-        if tokenizer.convert_tokens_to_ids(SYNONYM_WORDS) != list(range(len(SYNONYM_WORDS))):
-            raise InputError(f"task = {name!r}: the tokenizer's ids must be in the task's order")
-        sure = 0.999 * torch.eye(len(SYNONYM_WORDS))[:FIRST_WORD] + 0.001 / len(SYNONYM_WORDS)
-        (self.table, _, own), (_, _, teacher) = synonym_laws(style), synonym_laws("teacher")
-        self.laws = torch.cat([sure, own.flatten(0, 1)])
-        self.preferred = torch.cat([sure, teacher.flatten(0, 1)]) > 0.1
-
-    def make(self, rng: random.Random) -> tuple[str, str]:
-        """A prompt and its operators."""
-        ops = " ".join(f"op{rng.randrange(OPS)}" for _ in range(HOPS))
-        return f"<b> w{rng.randrange(CONCEPTS)}.{rng.randrange(SYNONYMS)} {ops} =", ops
-
-    def states(self, prompt_ids: Tensor, tokens: Tensor) -> Tensor:
-        """(B, T), the state before each token: operators copied in turn, a word after each, EOS."""
-        given = prompt_ids[:, -HOPS - 2 : -1]  # word, six operators
-        last = torch.cat([given[:, :1], tokens[:, :-1]], dim=1)  # the token before
-        op, concept = (last - 4) % OPS, (last.roll(1, 1) - FIRST_WORD) // SYNONYMS % CONCEPTS
-        word = FIRST_WORD + OPS * self.table[concept, op] + op
-        t = torch.arange(tokens.shape[1])
-        copied = torch.nn.functional.pad(given[:, 1:], (0, 1), value=2)  # the operators, then EOS
-        return torch.where(t % 2 == 1, word, copied[:, (t // 2).clamp(max=HOPS)])
-
-    def law(self, rollout: "Rollout") -> Tensor:
-        """(B, T, V), the exact next-token log-probs at the rollout's states."""
-        states = self.states(rollout.prompt_ids.cpu(), rollout.tokens.cpu())
-        return self.laws.log()[states].to(rollout.tokens.device)
-
-    def demonstrations(self, prompts: Prompts) -> tuple[Tensor, Tensor]:
-        """One response a prompt, sampled from the law; the same prompts get the same noise."""
-        noise = torch.rand(len(prompts.ids), 2 * HOPS + 1, generator=keyed_generator(prompts.text))
-        tokens = torch.zeros(noise.shape, dtype=torch.long)
-        for t, u in enumerate(noise.T):
-            tokens[:, t] = inverse_cdf(self.laws[self.states(prompts.ids, tokens)[:, t]], u)
-        return tokens, through_eos(tokens, [2])
-
-    def verify(self, prompts: Prompts, rollout: "Rollout") -> Tensor:
-        """(B,) bool: is every token preferred, through the EOS that the last word calls for?"""
-        tokens, mask = rollout.tokens.cpu(), rollout.mask.cpu()
-        right = self.preferred[self.states(rollout.prompt_ids.cpu(), tokens), tokens]
-        return (right | ~mask).all(1) & (mask.sum(1) == 2 * HOPS + 1)
+    return text_task(name, tokenizer, CHAIN_TOKENS, partial(fresh_pairs, make), judge, tell)
 
 
 class Row(BaseModel):
@@ -722,25 +626,25 @@ def jsonl_task(path: str, tokenizer: Any, max_tokens: int = 1024) -> Task:
             first = next(iter(rows.values()), row)
             usable = bool(tokenizer(text)["input_ids"]) and last_number(str(row.answer)) is not None
             usable = usable and text not in rows and row.split in SPLITS
-            if not usable or (row.response is None) != (first.response is None):
-                raise ValueError(f"got {row!r}")
+            usable = usable and (row.response is None) == (first.response is None)
+            require(usable, f"got {row!r}")
             rows[text] = row
 
     def draw(n: int, split: str, rng: random.Random) -> list[tuple[str, str]]:
         pool = [(text, str(row.answer)) for text, row in rows.items() if row.split == split]
-        if not pool:
-            raise InputError(f"task = {path!r}: no row in split {split!r}; add rows that name it")
+        require(pool, f"task = {path!r}: no row in split {split!r}; add rows that name it")
         times = -(-n // len(pool)) if split == "train" else 1  # held-out rows only once
         return [pair for _ in range(times) for pair in rng.sample(pool, len(pool))][:n]
 
     def judge(response: str, answer: str) -> bool:
         return last_number(response) == last_number(answer)
 
-    def show(text: str) -> str:
+    def tell(text: str) -> str:
         return rows[text].response + (tokenizer.eos_token or "")
 
+    task = text_task(path, tokenizer, max_tokens, draw, judge, tell)
     shown = all(row.response is not None for row in rows.values())
-    return Task(path, tokenizer, max_tokens, draw, judge, show if shown else None)
+    return task if shown else replace(task, show=None)
 
 
 def last_number(text: str) -> Decimal | None:
@@ -834,13 +738,13 @@ def sample(
     Rows that stopped leave the batch.  The horizon is a hard stop: nothing is appended.
     Raises InputError: noise of the wrong shape; horizon, temperature or top_p out of range.
     """
-    if horizon < 1 or temperature < 0 or not 0 < top_p <= 1:
-        given = f"horizon = {horizon}, temperature = {temperature}, top_p = {top_p}"
-        raise InputError(f"{given}: must be at least 1, at least 0, in (0, 1]")
+    given = f"horizon = {horizon}, temperature = {temperature}, top_p = {top_p}"
+    fine = horizon >= 1 and temperature >= 0 and 0 < top_p <= 1
+    require(fine, f"{given}: must be at least 1, at least 0, in (0, 1]")
     B, device = len(prompts.ids), model.device
     noise = (torch.rand(B, horizon) if noise is None else noise).to(device)
-    if noise.shape[0] != B or noise.shape[1] < horizon:
-        raise InputError(f"noise: shape {(*noise.shape,)}; must be ({B}, {horizon}) or wider")
+    fine = noise.shape[0] == B and noise.shape[1] >= horizon
+    require(fine, f"noise: shape {(*noise.shape,)}; must be ({B}, {horizon}) or wider")
     stop = torch.tensor(eos_ids_of(model) if eos_ids is None else eos_ids, device=device)
     ids, seen = prompts.ids.to(device), prompts.mask.to(device)
     logprobs = torch.zeros(B, horizon, device=device)
@@ -866,7 +770,7 @@ def sample(
         if not len(row):
             break
         ids = token[:, None]
-    return dataclasses.replace(out, **{k: getattr(out, k)[:, : t + 1] for k in PER_TOKEN})
+    return replace(out, **{k: getattr(out, k)[:, : t + 1] for k in PER_TOKEN})
 
 
 def take(batch: Any, rows: Tensor) -> Any:
@@ -884,7 +788,7 @@ def join(parts: list[Rollout]) -> Rollout:
     T = max(part.tokens.shape[1] for part in parts)
     widen = [{k: torch.nn.functional.pad(getattr(part, k), (0, T - part.tokens.shape[1]))
               for k in PER_TOKEN} for part in parts]  # fmt: skip
-    wide = [dataclasses.replace(part, **new) for part, new in zip(parts, widen, strict=True)]
+    wide = [replace(part, **new) for part, new in zip(parts, widen, strict=True)]
     return Rollout(*map(torch.cat, zip(*(vars(part).values() for part in wide), strict=True)))
 
 
@@ -901,7 +805,7 @@ def continue_rollout(
     depth = min(depth, start.tokens.shape[1])
     cut = {k: getattr(start, k)[:, :depth] for k in PER_TOKEN}
     stopped = start.finished & ~start.mask[:, depth:].any(1)
-    kept = dataclasses.replace(start, **cut, finished=stopped)
+    kept = replace(start, **cut, finished=stopped)
     stay, go = stopped.nonzero().squeeze(1), (~stopped).nonzero().squeeze(1)
     if not len(go) or depth >= horizon:
         return kept
@@ -910,7 +814,7 @@ def continue_rollout(
     state = Prompts(ids, torch.cat([head.prompt_mask, head.mask], dim=1), [], [])
     tail = sample(model, state, horizon=horizon - depth, noise=noise, **law)
     whole = {k: torch.cat([getattr(head, k), getattr(tail, k)], dim=1) for k in PER_TOKEN}
-    head = dataclasses.replace(head, **whole, finished=tail.finished)
+    head = replace(head, **whole, finished=tail.finished)
     return take(join([head, take(kept, stay)]), torch.cat([go, stay]).argsort())
 
 
@@ -989,12 +893,9 @@ def read_law(logq: Tensor | Scores, ids: Tensor, valid: Tensor) -> Tensor:
     if isinstance(logq, Tensor):
         return logq.gather(-1, ids)
     same = ids[..., :, None] == logq.ids[..., None, :]  # (B, T, K, listed)
-    if (valid & ~same.any(-1)).any():
-        wanted, listed = ids.shape[-1], logq.ids.shape[-1]
-        raise ValueError(
-            f"the teacher lists k = {listed} tokens a state and some of the {wanted} asked for are "
-            f"not among them: score those ids, or k up to the whole vocabulary"
-        )
+    need = f"k = {logq.ids.shape[-1]} tokens a state are listed, not all of the {ids.shape[-1]} "
+    listed = not (valid & ~same.any(-1)).any()
+    require(listed, f"{need}asked for: score those ids, or k up to the whole vocabulary")
     return logq.logq.gather(-1, same.int().argmax(-1))
 
 
@@ -1028,9 +929,8 @@ def jsd(logp: Tensor, logq: Tensor, beta: float) -> Tensor:
     1 - beta to reverse_kl as beta -> 1.  So beta is no dial from one KL to the other, and the ends
     are refused with a ValueError.  [secondary: GKD 2306.13649, TRL #3043; derived: the limits]
     """
-    if not 0 < beta < 1:
-        use = "forward_kl" if beta <= 0 else "reverse_kl"
-        raise ValueError(f"beta = {beta}: must be in (0, 1), where the JSD is not 0; use {use}")
+    use = "forward_kl" if beta <= 0 else "reverse_kl"
+    require(0 < beta < 1, f"beta = {beta}: must be in (0, 1), where the JSD is not 0; use {use}")
     t = torch.tensor([1 - beta, beta], dtype=logp.dtype, device=logp.device).log()
     logm = torch.logaddexp(logp + t[0], logq + t[1])  # mixes probabilities, not log-probs
     to_teacher = logq.exp() * (logq - logm)
@@ -1065,13 +965,13 @@ def top_k_support(
 
     def best(law: Tensor | Scores) -> Tensor:
         values = law.logq if isinstance(law, Scores) else law
-        if not 1 <= k <= values.shape[-1]:
-            raise ValueError(f"k = {k}: must be 1 to {values.shape[-1]}, the tokens scored a state")
+        size = values.shape[-1]
+        require(1 <= k <= size, f"k = {k}: must be 1 to {size}, the tokens scored a state")
         top = values.topk(k).indices
         return law.ids.gather(-1, top) if isinstance(law, Scores) else top
 
-    if source not in ("student", "teacher", "union", "intersection"):
-        raise ValueError(f"source = {source!r}: must be student, teacher, union or intersection")
+    known = ("student", "teacher", "union", "intersection")
+    require(source in known, f"source = {source!r}: must be one of {', '.join(known)}")
     ids = best(logq if source == "teacher" else logp)
     everywhere = torch.ones_like(ids, dtype=torch.bool)
     if source in ("student", "teacher"):
@@ -1091,8 +991,8 @@ def kl_on_support(first: Tensor, second: Tensor, valid: Tensor, tail: str) -> Te
 
     An empty support gives 0.  Left-out mass that rounds to 0 or below counts as 0.  [derived]
     """
-    if tail not in ("renormalise", "bucket"):
-        raise ValueError(f"tail = {tail!r}: must be renormalise or bucket for this divergence")
+    fine = tail in ("renormalise", "bucket")
+    require(fine, f"tail = {tail!r}: must be renormalise or bucket for this divergence")
     if tail == "renormalise":
         least = torch.finfo(first.dtype).min  # finite, so that gradients are
         first, second = (
@@ -1270,12 +1170,10 @@ def policy_gradient_loss(
     engines' mismatch into the ratio: ours is kept apart [reconstruction].
     Raises ValueError: clip without behaviour_logp, or shapes that would broadcast.
     """
-    if not logp_a.shape == advantage.shape == mask.shape:
-        raise ValueError(
-            f"shapes differ: {logp_a.shape}, advantage {advantage.shape}, mask {mask.shape}"
-        )
-    if clip is not None and behaviour_logp is None:
-        raise ValueError("clip needs behaviour_logp: without it there is no ratio to clip")
+    shapes = [(*x.shape,) for x in (logp_a, advantage, mask)]
+    require(len({*shapes}) == 1, f"shapes differ: logp_a, advantage, mask are {shapes}")
+    ratio = clip is None or behaviour_logp is not None
+    require(ratio, "clip needs behaviour_logp: without it there is no ratio to clip")
     advantage = advantage.detach()
     if behaviour_logp is None:
         gain = advantage * logp_a
@@ -1298,8 +1196,8 @@ def candidates(
     teacher = top_k_support(logp, logq, top_k, "teacher")
     p = logp.detach().gather(-1, teacher.ids).exp()
     q = read_law(logq, teacher.ids, teacher.valid).detach().exp()
-    if target not in ("teacher", "deficit"):
-        raise ValueError(f"target = {target!r}: must be teacher or deficit")
+    fine = target in ("teacher", "deficit")
+    require(fine, f"target = {target!r}: must be teacher or deficit")
     member = (teacher.ids != action[..., None]) & (p >= min_prob) & (q > p)
     share = torch.where(member, q if target == "teacher" else q - p, 0.0)
     return teacher.ids, share / share.sum(-1, keepdim=True).clamp(min=torch.finfo(p.dtype).tiny)
@@ -1423,8 +1321,8 @@ def masked_mean(
 
 def token_weights(mask: Tensor, how: str = "token", total: int | Tensor | None = None) -> Tensor:
     """The weight (B, T) of each token in `masked_mean`, with its arguments; 0 where masked."""
-    if how not in ("token", "sequence_sum", "sequence_mean"):
-        raise ValueError(f"how = {how!r}: must be token, sequence_sum or sequence_mean")
+    fine = how in ("token", "sequence_sum", "sequence_mean")
+    require(fine, f"how = {how!r}: must be token, sequence_sum or sequence_mean")
     if total is None:
         total = mask.sum() if how == "token" else len(mask)
     lengths = mask.sum(1, keepdim=True).clamp(min=1) if how == "sequence_mean" else 1
@@ -1442,15 +1340,10 @@ def horizon_at(step: int, config: Config, history: list[dict] | None = None) -> 
     Config.horizon: an int is tokens, a float in (0, 1) a share of max_tokens, null the whole.
     history: the rows of metrics.jsonl, for schedules that adapt.
     """
-    if config.max_tokens is None:
-        raise InputError("max_tokens = null: set it (training takes the task's own)")
-    if config.horizon is None:
-        return config.max_tokens
-    tokens = (
-        config.horizon
-        if isinstance(config.horizon, int)
-        else round(config.horizon * config.max_tokens)
-    )
+    require(config.max_tokens, "max_tokens = null: set it (training takes the task's own)")
+    tokens = config.max_tokens if config.horizon is None else config.horizon
+    if isinstance(tokens, float):
+        tokens = round(tokens * config.max_tokens)
     return max(1, min(tokens, config.max_tokens))
 
 
@@ -1524,48 +1417,38 @@ class Run:
 def load_world(config: Config) -> World:
     """Models, tokenizer and task of a config; InputError, before the slow parts where it can."""
     cuda = torch.cuda.is_available() and config.device != "cpu"
-    if config.device == "cuda" and not cuda:
-        raise InputError("device = 'cuda': torch sees no GPU; use cpu or auto")
-    device = "cuda" if cuda else "cpu"
-    tokenizer = load_tokenizer(config.student)
+    require(cuda or config.device != "cuda", "device = 'cuda': torch sees no GPU; use cpu or auto")
+    device, tokenizer = "cuda" if cuda else "cpu", load_tokenizer(config.student)
     task = load_task(config.task, tokenizer)
     task.max_tokens = config.max_tokens or task.max_tokens
-    if config.feedback == "law" and task.law is None:
-        raise InputError(f"feedback = 'law': needs a task with an exact law, not {config.task!r}")
+    law = f"feedback = 'law': needs a task with an exact law, not {config.task!r}"
+    require(config.feedback != "law" or task.law, law)
     for split in SPLITS if config.eval_every else ("train", "test"):
         some = task.prompts(1, split)
         if "data" in (config.states, config.states == "mixed" and config.off_policy):
             task.demonstrations(some)
-    student, teacher = load_model(config.student, device=device, seed=config.seed), None
-    vocab_size, eos_ids = max(tokenizer.get_vocab().values()) + 1, eos_ids_of(student)
-    if config.teacher is not None:
-        teacher = load_model(config.teacher, "teacher", device=device)
-        teacher = teacher.float() if config.precision == "fp32" else teacher
-        vocab_size = check_pair(
-            student, teacher, tokenizer, load_tokenizer(config.teacher, "teacher")
-        )
-        eos_ids = sorted({*eos_ids, *eos_ids_of(teacher)})
-    if config.top_k > vocab_size and uses_top_k(config):
-        raise InputError(f"top_k = {config.top_k}: must be at most the vocabulary's {vocab_size}")
-    reference = critic = None
-    if config.reference is not None:
-        name = config.student if config.reference == "student" else config.reference
-        reference = load_model(name, "teacher", device=device)
-        check_pair(student, reference, tokenizer, load_tokenizer(name, "reference"))
+    student = load_model(config.student, device=device, seed=config.seed)
+    vocab_size, eos_ids, critic = max(tokenizer.get_vocab().values()) + 1, eos_ids_of(student), None
+    reference = config.student if config.reference == "student" else config.reference
+    frozen = dict(teacher=config.teacher, reference=reference)
+    for role, name in frozen.items():
+        if name is not None:
+            model = frozen[role] = load_model(name, role, device=device)
+            model = model.float() if config.precision == "fp32" else model
+            other = load_tokenizer(name, role)
+            vocab_size = min(vocab_size, check_pair(student, model, tokenizer, other))
+            eos_ids = sorted({*eos_ids, *eos_ids_of(model)})
+    fits = config.top_k <= vocab_size
+    require(fits, f"top_k = {config.top_k}: must be at most the vocabulary's {vocab_size}")
     if config.baseline == "value":
-        width = student.get_input_embeddings().weight.shape[1]
-        critic = torch.nn.utils.skip_init(torch.nn.Linear, width, 1, device=device)
-        torch.nn.init.zeros_(critic.weight), torch.nn.init.zeros_(critic.bias)
+        critic = torch.nn.Linear(student.get_input_embeddings().embedding_dim, 1, device=device)
+        for parameter in critic.parameters():
+            torch.nn.init.zeros_(parameter)
     bf16 = config.precision == "auto" and cuda and torch.cuda.is_bf16_supported()
     autocast = torch.bfloat16 if bf16 or config.precision == "bf16" else None
     law = dict(eos_ids=eos_ids, vocab_size=vocab_size)
-    return World(student, teacher, tokenizer, task, law, autocast, reference, critic)
-
-
-def uses_top_k(c: Config) -> bool:
-    """Does any part of the update read the top_k likeliest tokens?"""
-    parts = c.support != "full", c.negative != "suppress", c.weighting == "overlap"
-    return any(parts) or c.entropy_threshold is not None
+    return World(student, frozen["teacher"], tokenizer, task, law, autocast,
+                 frozen["reference"], critic)  # fmt: skip
 
 
 def make_optimizer(config: Config, world: World) -> AdamW:
@@ -1639,40 +1522,33 @@ def score_chunks(
     has gathered at the hidden states then goes on through the student's layers, once.  So no more
     than one chunk of logits exists at a time, and loss and gradient are those of the whole.
 
-    kept: the frozen models' hidden states of rows that are read more than once.  states (b, T, D):
-    the student's, where they are known; under no_grad nothing is differentiated.
+    kept: filled with the frozen models' hidden states, which the next reading of the same rows
+    finds.  states (b, T, D): the student's, where known; under no_grad nothing is differentiated.
     """
-    part, vocab_size = take(rollout, rows), world.law["vocab_size"]
-    law = dict(temperature=config.temperature, vocab_size=vocab_size)
+    part, size = take(rollout, rows), world.law["vocab_size"]
+    law = dict(temperature=config.temperature, vocab_size=size)
     row, column = part.mask.nonzero(as_tuple=True)  # N tokens
     frozen = (world.teacher if config.feedback == "teacher" else None, world.reference)
     with torch.no_grad():
-        hidden = kept.get(int(rows[0]))
-        if hidden is None:
+        if int(rows[0]) not in kept:
             hidden = [model and hidden_states(model, part)[row, column] for model in frozen]
-        if config.updates_per_rollout > 1 or looks_ahead(config):
             kept[int(rows[0])] = hidden  # (N, D) each
         exact = world.task.law(part)[row, column] if config.feedback == "law" else None
     lap("score_s")
     with world.precision():
         whole = (hidden_states(world.student, part) if states is None else states)[row, column]
     own = whole.detach().requires_grad_()
-    for n in torch.arange(len(row), device=row.device).split(
-        max(CHUNK_TOKENS, CHUNK_LOGITS // vocab_size)
-    ):
+    chunk = max(CHUNK_TOKENS, CHUNK_LOGITS // size)
+    for n in torch.arange(len(row), device=row.device).split(chunk):
         lap("update_s")
         with torch.no_grad():
-            pairs = zip(frozen, hidden, strict=True)
-            logq, logref = (model and law_of(model, h[n], **law) for model, h in pairs)
+            pairs = zip(frozen, kept[int(rows[0])], strict=True)
+            logq, logref = (model and law_of(model, hidden[n], **law) for model, hidden in pairs)
+            logq = logq if exact is None else exact[n]
         lap("score_s")
         with world.precision():
             logp = law_of(world.student, own[n], **law)
-        yield (
-            (rows.to(row.device)[row[n]], column[n]),
-            logp,
-            logq if exact is None else exact[n],
-            logref,
-        )
+        yield (rows.to(row.device)[row[n]], column[n]), logp, logq, logref
     if own.grad is not None:
         whole.backward(own.grad)
 
@@ -1692,7 +1568,7 @@ def first_look(
     logref: Tensor | None,
 ) -> None:  # fmt: skip
     """Note in the table, before the first update: log p(a), its immediate advantage, weights."""
-    action, logp_a = table["action"][at], of_tokens(logp, table["action"][at]).detach()
+    logp_a = of_tokens(logp, table["action"][at]).detach()
     table["before"][at] = logp_a
     if c.importance_cap:
         weights = truncated_importance_weights(logp_a, table["engine"][at], c.importance_cap)
@@ -1703,16 +1579,14 @@ def first_look(
         table["overlap"][at] = overlap_ratio(logp.detach(), logq, c.top_k)
     target = logq if c.reward_scale == 1 else tilted_teacher(logq, logref, c.reward_scale)
     kind = c.divergence if c.route == "policy_gradient" else "reverse_kl"
-    advantage = divergence_advantage(logp_a, of_tokens(target, action), kind, c.beta)
-    table["advantage"][at] = advantage
-    if c.baseline == "kl":
-        table["advantage"][at] = advantage - kl_baseline(logp, target)
+    reward = divergence_advantage(logp_a, of_tokens(target, table["action"][at]), kind, c.beta)
+    table["advantage"][at] = reward - kl_baseline(logp, target) if c.baseline == "kl" else reward
 
 
 def looks_ahead(c: Config) -> bool:
     """Does a token's credit or weight depend on the row's other tokens, or on other rows?"""
-    others = c.baseline == "value" or (c.baseline != "none" and c.feedback == "teacher" != "kl")
-    return bool(c.gamma) or c.weighting != "none" or others
+    others = c.baseline == "value" or (c.baseline == "leave_one_out" and c.feedback == "teacher")
+    return others or bool(c.gamma) or c.weighting != "none"
 
 
 def look_ahead(
@@ -1724,38 +1598,32 @@ def look_ahead(
     Changes the table's advantage and emphasis.  With a critic: its gradient is left in place, and
     its loss, half the squared error to the GAE target, is returned (else 0).
     """
-    mask, critic, values = rollout.mask, world.critic, []
+    mask, critic, values, loss = rollout.mask, world.critic, [], 0.0
     for rows in micro_batches(config):
-        states = None
         with torch.no_grad():
-            if critic is not None:
-                with world.precision():
-                    states = hidden_states(world.student, take(rollout, rows), beyond=True)
-            for at, *laws in score_chunks(
-                config, world, rollout, rows, kept, lap, None if states is None else states[:, :-1]
-            ):
+            with world.precision():
+                states = hidden_states(world.student, take(rollout, rows), beyond=True)
+            for at, *laws in score_chunks(config, world, rollout, rows, kept, lap, states[:, :-1]):
                 first_look(config, table, at, *laws)
-        if critic is not None:
-            values.append(critic(states.float()).squeeze(-1))  # (b, T + 1)
-    reward, loss = table["advantage"], 0.0
+        if critic:
+            values.append(critic(states.float()).squeeze(-1))
+    reward = table["advantage"]  # (B, T)
+    strength, low = config.weight_strength, config.overlap_threshold
     if config.weighting == "position":
-        table["emphasis"] *= position_weights(reward, mask, config.weight_strength)
+        table["emphasis"] *= position_weights(reward, mask, strength)
     if config.weighting == "overlap":
-        low = prune_weights(
-            table["overlap"], mask, config.overlap_threshold, config.weight_strength
-        )
-        table["emphasis"] *= low + PRUNE_BASE
-    if critic is not None:
-        value = torch.cat(values)
+        table["emphasis"] *= prune_weights(table["overlap"], mask, low, strength) + PRUNE_BASE
+    table["advantage"] = discounted_return(reward, mask, config.gamma)
+    if critic:
+        value = torch.cat(values)  # (B, T + 1)
         after = value.gather(1, mask.sum(1, keepdim=True)).squeeze(1)  # (B,)
-        bootstrap = torch.where(rollout.finished, 0.0, after)
-        credit = dict(gamma=config.gamma, lam=config.gae_lambda, bootstrap=bootstrap)
-        table["advantage"], target = gae(reward, value[:, :-1], mask, **credit)
-        error = masked_mean((value[:, :-1] - target) ** 2, mask) / 2
+        after = torch.where(rollout.finished, 0.0, after)
+        credit = gae(reward, value[:, :-1], mask, config.gamma, config.gae_lambda, after)
+        error = masked_mean((value[:, :-1] - credit[1]) ** 2, mask) / 2
         error.backward()
         loss = error.item()
-    if critic is None or step < config.value_warmup:
-        table["advantage"] = discounted_return(reward, mask, config.gamma)
+        if step >= config.value_warmup:
+            table["advantage"] = credit[0]
     if config.baseline == "leave_one_out":
         table["advantage"] = leave_one_out(table["advantage"], config.samples_per_prompt)
     return loss
@@ -1888,14 +1756,13 @@ def add_diagnostics(
     sums["teacher_entropy"] -= float(dot(logq.exp(), logq).sum())
     sums["reward"] += float(reward.sum())
     sums["unsupported"] += float(torch.where(logq < math.log(UNSUPPORTED), p, 0.0).sum())
-    if c.negative != "suppress":
-        acted = now["advantage"] < 0
-        if c.negative == "route":
-            reach = dict(top_k=c.top_k, min_prob=c.min_prob, target="teacher")
-            acted &= candidates(logp, logq, now["action"], **reach)[1].sum(-1) > 0
-        sums["gated"] += float(acted.sum())
-    elif c.entropy_threshold is not None:
-        sums["gated"] += float(entropy_gate(logq, c.entropy_threshold).sum())
+    gated = now["advantage"] < 0
+    if c.negative == "route":
+        reach = dict(top_k=c.top_k, min_prob=c.min_prob)
+        gated &= routing_target(logp, logq, now["action"], **reach)[1]
+    if c.entropy_threshold is not None:
+        gated = entropy_gate(logq, c.entropy_threshold)
+    sums["gated"] += float(gated.sum())
 
 
 def step_metrics(
@@ -1928,22 +1795,24 @@ def peak_memory() -> int:
 
 def evaluate(
     model: Module, task: Task, prompts: Prompts, *, greedy: bool = False,
-    rows: int = EVALUATION_ROWS, texts: list[str] | None = None, **law: Any,
+    rows: int = EVALUATION_ROWS, said: list | None = None, **law: Any,
 ) -> dict[str, float]:  # fmt: skip
     """Accuracy of one response a prompt, sampled at T = 1 (greedy: argmax), with Wilson's interval.
 
     The noise is fixed by the prompts' order, so two models meet the same luck and a call repeats
-    exactly.  Returns accuracy, low, high (95%), n.  rows: prompts a batch; texts: an empty list
-    that receives the responses; law: eos_ids, vocab_size.
+    exactly.  Returns accuracy, low, high (95%), n.  rows: prompts a batch; said: an empty list that
+    receives (response text, right); law: eos_ids, vocab_size.
     """
     noise = torch.rand(len(prompts.text), task.max_tokens, generator=keyed_generator("evaluation"))
     law |= dict(horizon=task.max_tokens, temperature=0.0 if greedy else 1.0)
-    texts = [] if texts is None else texts
+    said = [] if said is None else said
     parts = torch.arange(len(noise)).split(rows)
     for part in tqdm(parts, desc="evaluation", leave=False, disable=None):
-        rollout = sample(model, take(prompts, part), noise=noise[part], **law)
-        texts += response_texts(task.tokenizer, rollout)
-    return wilson(sum(map(task.judge, prompts.text, texts, prompts.answer)), len(texts))
+        some = take(prompts, part)
+        rollout = sample(model, some, noise=noise[part], **law)
+        right = task.verify(some, rollout).tolist()
+        said += zip(response_texts(task.tokenizer, rollout), right, strict=True)
+    return wilson(sum(right for _, right in said), len(said))
 
 
 def wilson(right: int, n: int, z: float = 1.959964) -> dict[str, float]:
@@ -1970,13 +1839,13 @@ def measure(config: Config, world: World, model: Module, prompts: Prompts, **law
 
 def validate(config: Config, world: World, step: int, file: Path) -> float:
     """Sampled accuracy on validation prompts; `file` then shows a few of the responses."""
-    prompts, texts = world.task.prompts(VALIDATION_PROMPTS, "validation"), []
-    found = measure(config, world, world.student, prompts, texts=texts)
+    prompts, said = world.task.prompts(VALIDATION_PROMPTS, "validation"), []
+    found = measure(config, world, world.student, prompts, said=said)
     shown = f"What the student writes after step {step}, on validation prompts\n"
-    rows = zip(prompts.text, texts, prompts.answer, strict=True)
-    for prompt, text, answer in itertools.islice(rows, SHOWN_SAMPLES):
-        right = "right" if world.task.judge(prompt, text, answer) else "wrong"
-        shown += f"\nprompt    {prompt}\nresponse  {text}\nanswer    {answer} {right}\n"
+    rows = zip(prompts.text, said, prompts.answer, strict=True)
+    for prompt, (text, right), answer in itertools.islice(rows, SHOWN_SAMPLES):
+        verdict = "right" if right else "wrong"
+        shown += f"\nprompt    {prompt}\nresponse  {text}\nanswer    {answer} {verdict}\n"
     write_atomically(file, shown)
     return found["accuracy"]
 
@@ -2029,14 +1898,12 @@ def save_checkpoint(run: Run, world: World, optimizer: AdamW) -> None:
 def load_checkpoint(run: Run, world: World, optimizer: AdamW) -> None:
     """Put a checkpoint's weights, moments and result in place.  InputError when it is damaged."""
     file, trained = run.dir / CHECKPOINT, world.trained()
-    try:
+    with must(f"resume: {file}", "be whole, it is damaged; start the run again"):
         with safe_open(file, framework="pt") as saved:
             run.result = json.loads(saved.metadata()["state"])
             for key in saved.keys():
                 kind, name = key.split(".", 1)
                 optimizer.state[trained.get_parameter(name)][kind] = saved.get_tensor(key)
-    except SafetensorError as error:
-        raise InputError(f"resume: {file} is damaged ({error}); start the run again") from None
     for parameter, own in optimizer.state.items():
         parameter.copy_(own.pop("weight"))
     optimizer.load_state_dict(optimizer.state_dict())  # the moments go to their weights' device
@@ -2046,8 +1913,8 @@ def new_folder(config: Config) -> Path:
     """Where the run will be: runs/NAME, which must be free; a default name gets a number if not."""
     name = config.name or f"{config.method}-{Path(config.student).name}-seed{config.seed}"
     folder, numbers = Path(config.runs) / name, itertools.count(2)
-    if config.name and folder.exists():
-        raise InputError(f"name = {name!r}: {folder} exists; use another, or --resume {folder}")
+    taken = config.name and folder.exists()
+    require(not taken, f"name = {name!r}: {folder} exists; use another, or --resume {folder}")
     while folder.exists():
         folder = folder.with_name(f"{name}-{next(numbers)}")
     return folder
@@ -2090,11 +1957,9 @@ def train(config: Config, resume: str | Path | None = None) -> Run:
     config = config.model_copy(update=dict(max_tokens=world.task.max_tokens))
     if config.teacher and same_model(config.student, config.teacher):
         print(self_check(config, world))
-    try:
+    with must(f"runs = {config.runs!r}", "be a folder to write in"):
         (folder / CHECKPOINT).parent.mkdir(parents=True, exist_ok=bool(resume))
         write_atomically(folder / "config.json", config.model_dump_json(indent=1))
-    except OSError as error:
-        raise InputError(f"runs = {config.runs!r}: must be a writable folder ({error})") from None
     optimizer = make_optimizer(config, world)
     start = dict(seed=config.seed, method=config.method, steps=0, seconds=0.0, stopped=None)
     start["tokens"] = dict(sampled=0, scored=0, trained=0)
@@ -2156,13 +2021,11 @@ def report(run_dir: str | Path) -> dict[str, Any]:
     InputError when the folder is not a finished run.
     """
     folder = Path(run_dir)
-    try:
+    with must(f"run = {str(run_dir)!r}", "be a finished run"):
         config = json.loads((folder / "config.json").read_text())
         result = json.loads((folder / "result.json").read_text())
-    except (OSError, ValueError) as error:
-        raise InputError(f"run = {str(run_dir)!r}: must be a finished run ({error})") from None
-    versions = {library.__name__: library.__version__ for library in (torch, transformers)}
-    versions["python"] = platform.python_version()
+    versions = dict(torch=torch.__version__, transformers=transformers.__version__)
+    versions["python"] = sys.version.split()[0]
     card = dict(run=folder.name, config=config, result=result, versions=versions)
     write_atomically(folder / "report.json", json.dumps(card, indent=1))
     row = "| {} | {accuracy:.3f} | {low:.3f} to {high:.3f} | {greedy:.3f} | {n} |"
@@ -2230,8 +2093,8 @@ def parse(argv: list[str]) -> tuple[list[str], dict[str, Any]]:
             words.append(word)
             continue
         name, equals, text = word[2:].partition("=")
-        if (text := text if equals else next(rest, None)) is None:
-            raise InputError(f"{word}: needs a value")
+        text = text if equals else next(rest, None)
+        require(text is not None, f"{word}: needs a value")
         fields[name] = None if text.lower() in ("none", "null") else text
         field = Config.model_fields.get(name)
         if name != "resume" and not (field and field.annotation in (str, str | None)):
@@ -2242,8 +2105,8 @@ def parse(argv: list[str]) -> tuple[list[str], dict[str, Any]]:
 
 def resumable(folder: str) -> Config:
     """The config of a run that can go on.  InputError: no such run, or it is finished."""
-    if (Path(folder) / "result.json").exists():
-        raise InputError(f"resume = {folder!r}: that run is finished; see {folder}/report.md")
+    done = (Path(folder) / "result.json").exists()
+    require(not done, f"resume = {folder!r}: that run is finished; see {folder}/report.md")
     with must(f"resume = {folder!r}", "be a run's folder"):
         return Config.load(Path(folder) / "config.json")
 

@@ -106,11 +106,11 @@ BAD = [
     (["--support", "student", "--top_k", "20"], "top_k = 20: must be at most the vocabulary's 19"),
     (
         ["--support", "union", "--divergence", "forward_kl", "--tail", "generalised"],
-        "takes renormalise or bucket",
+        "tail = 'generalised': needs divergence",
     ),
     (["--reference", "student"], "reference = 'student'"),
     (["--reward_scale", "1.5"], "reference = None: a model"),
-    (["--method", "exopd", "--reference", "no/such"], "teacher = 'no/such': must be a folder here"),
+    (["--method", "exopd", "--reference", "no/such"], "reference = 'no/such': must be a folder here"),
     (["--method", "sft", "--weighting", "position"], 'needs feedback = "teacher" or "law"'),
     (["--states", "teacher", "--importance_cap", "2"], 'needs states = "student"'),
     (["--method", "reinforce", "--samples_per_prompt", "1"], "samples_per_prompt"),
@@ -153,8 +153,8 @@ def test_bad_input(arguments, expected, run_dir, capsys):
 
 
 BROKEN_FILES = {
-    "not.json": ("{steps: 3", "not a readable JSON file"),
-    "list.json": ("[1]", "must be one JSON object"),
+    "not.json": ("{steps: 3", "must be a readable JSON file of fields"),
+    "list.json": ("[1]", "must be a readable JSON file of fields"),
     "unknown.json": ('{"step": 3}', "did you mean steps?"),
     "typed.json": ('{"steps": "3"}', "steps = '3': input should be a valid integer"),
     "bool.json": ('{"lr": true}', "lr = True"),

@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import lab
 import pytest
 import torch
 from conftest import ROOT, random_prompts, tiny_llama
@@ -196,14 +197,14 @@ def synonyms():
 
 
 def test_synonym_laws_are_laws_with_the_stated_numbers(synonyms):
-    _, ranked, teacher = opd.synonym_laws("teacher")
-    _, _, student = opd.synonym_laws("student")
+    _, ranked, teacher = lab.synonym_laws("teacher")
+    _, _, student = lab.synonym_laws("student")
     for law in (teacher, student):
         assert law.min() > 0 and law.sum(-1).sub(1).abs().max() < 1e-5
     assert (teacher.gather(-1, ranked[..., :3]).sum(-1) - 0.95).abs().max() < 0.01
     assert (student.gather(-1, ranked[..., :3]) - 1e-3).abs().max() < 1e-4  # rare, but reachable
     assert (student.gather(-1, ranked[..., 3:4]) - 0.78).abs().max() < 0.01  # the wrong favourite
-    assert student[..., -opd.OTHERS :].sum(-1).mean() == pytest.approx(0.2, abs=0.02)
+    assert student[..., -lab.OTHERS :].sum(-1).mean() == pytest.approx(0.2, abs=0.02)
 
 
 def test_synonym_demonstrations_follow_the_law_and_verify_as_often_as_it_says(synonyms):

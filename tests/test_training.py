@@ -1,6 +1,7 @@
 """§8, §12: the step, schedules, the loop, checkpoints, resume, self-check, the files of a run."""
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -29,7 +30,7 @@ def ready(**fields):
     config = opd.Config.load(**{**SMALL, **fields})
     world = opd.load_world(config)
     config = opd.Config(**{**config.model_dump(), "max_tokens": world.task.max_tokens})
-    return config, world, torch.optim.AdamW(world.student.parameters(), lr=config.lr)
+    return config, world, opd.make_optimizer(config, world)
 
 
 # the main job, in small: it learns
@@ -66,11 +67,11 @@ def whole_loss(config, world, rollout):
     logp = opd.score(world.student, rollout, **law)
     with torch.no_grad():
         logq = opd.score(world.teacher, rollout, **law)
-    reward, before = torch.zeros(len(logp)), opd.of_tokens(logp, rollout.tokens).detach()
-    flat = lambda x: x.flatten(0, 1)  # noqa: E731
-    loss = opd.token_loss(
-        config, flat(logp), flat(logq), flat(rollout.tokens), reward, flat(before)
-    ).view_as(before)
+        logref = world.reference and opd.score(world.reference, rollout, **law)
+    table = opd.token_table(config, rollout, torch.zeros(len(logp), dtype=torch.bool))
+    everywhere = slice(None)
+    opd.first_look(config, table, everywhere, logp, logq, logref)
+    loss = opd.token_loss(config, logp, logq, logref, table) * table["emphasis"]
     loss = opd.masked_mean(loss, rollout.mask, config.aggregation)
     loss.backward()
     return loss.item(), [p.grad.clone() for p in world.student.parameters()]
@@ -80,7 +81,12 @@ def whole_loss(config, world, rollout):
 @pytest.mark.parametrize(
     "fields",
     [dict(), dict(divergence="forward_kl"), dict(divergence="jsd"), dict(method="opd"),
-     dict(aggregation="sequence_mean", temperature=1.3), dict(feedback="imitation")],
+     dict(aggregation="sequence_mean", temperature=1.3), dict(feedback="imitation"),
+     dict(support="union", top_k=3), dict(method="prune_opd", weighting="none"),
+     dict(method="rethinking_topk", divergence="forward_kl"), dict(method="vopd"),
+     dict(method="cr_opd"), dict(method="aopd"), dict(method="eopd", entropy_threshold=1e-3),
+     dict(method="exopd", reference_kl=0.5), dict(method="opd_plus", importance_cap=0.9),
+     dict(entropy_bonus=0.3, reference="student", reward_scale=1.5)],
     ids=str,
 )  # fmt: skip
 def test_chunks_give_the_loss_and_gradient_of_the_whole(fields, chunk, monkeypatch):
@@ -91,15 +97,17 @@ def test_chunks_give_the_loss_and_gradient_of_the_whole(fields, chunk, monkeypat
     world.student.zero_grad()
     monkeypatch.setattr(opd, "CHUNK_LOGITS", chunk)
     monkeypatch.setattr(opd, "CHUNK_TOKENS", 1)
-    weight, total, seen = opd.token_weights(rollout.mask, config.aggregation), 0.0, 0
+    table = opd.token_table(config, rollout, torch.zeros(4, dtype=torch.bool))
+    kept, total, seen = {}, 0.0, 0
     for rows in (torch.arange(0, 1), torch.arange(1, 4)):
-        for at, logp, logq in opd.score_chunks(config, world, rollout, rows, lambda key: None):
-            assert len(logp) <= max(1, chunk // 19)
-            before, action = opd.of_tokens(logp, rollout.tokens[at]).detach(), rollout.tokens[at]
-            loss = opd.token_loss(config, logp, logq, action, torch.zeros(len(action)), before)
-            loss = (loss * weight[at]).sum()
+        for at, *laws in opd.score_chunks(config, world, rollout, rows, kept, lambda key: None):
+            assert len(laws[0]) <= max(1, chunk // 19)
+            opd.first_look(config, table, at, *laws)
+            now = {name: values[at] for name, values in table.items()}
+            loss = opd.token_loss(config, *laws, now)
+            loss = (loss * now["emphasis"] * now["weight"]).sum()
             loss.backward()
-            total, seen = total + loss.item(), seen + len(action)
+            total, seen = total + loss.item(), seen + len(at[0])
     assert seen == int(rollout.mask.sum())  # response tokens only, each once
     assert total == pytest.approx(expected, abs=1e-5)
     for a, b in zip(gradients, world.student.parameters(), strict=True):
@@ -171,8 +179,8 @@ def test_bf16_autocast_changes_the_scores():
         config, world, _ = ready(precision=precision)
         prompts = opd.step_prompts(config, world.task, 0)
         rollout = opd.sample(world.teacher, prompts, horizon=9, noise=torch.full((8, 9), 0.5))
-        chunks = opd.score_chunks(config, world, rollout, torch.arange(8), lambda key: None)
-        _, logp, logq = next(chunks)
+        chunks = opd.score_chunks(config, world, rollout, torch.arange(8), {}, lambda key: None)
+        _, logp, logq, _ = next(chunks)
         assert logp.dtype == logq.dtype == torch.float32
         scores.append(logp.detach())
     assert 0 < (scores[0] - scores[1]).abs().max() < 1.0
@@ -419,7 +427,7 @@ def test_damaged_checkpoint_and_report_are_one_line(run_dir, capsys):
     (run_dir / "runs/hurt/result.json").unlink()
     (run_dir / "runs/hurt/checkpoint/last.safetensors").write_bytes(b"nothing")
     assert opd.main(["--resume", "runs/hurt"]) == 2
-    assert "last.safetensors is damaged" in capsys.readouterr().err
+    assert "last.safetensors: must be whole, it is damaged" in capsys.readouterr().err
     (run_dir / "runs/hurt/result.json").write_text('{"steps"')
     assert opd.main(["report", "runs/hurt"]) == 2
     assert "must be a finished run" in capsys.readouterr().err
@@ -428,11 +436,65 @@ def test_damaged_checkpoint_and_report_are_one_line(run_dir, capsys):
 def test_advantage_stays_that_of_the_rollout_over_its_updates():
     config = opd.Config.load(method="opd")
     logp = torch.tensor([[0.5, 0.5]]).log().requires_grad_()
-    logq, before = torch.tensor([[0.25, 0.75]]).log(), torch.tensor([0.9]).log()
-    action, none = torch.tensor([0]), torch.zeros(1)
-    loss = opd.token_loss(config, logp, logq, action, none, before)
-    ratio, advantage = 0.5 / 0.9, (0.25 / 0.9)
-    assert loss.item() == pytest.approx(-ratio * torch.tensor(advantage).log().item(), abs=1e-6)
+    logq, before = torch.tensor([[0.25, 0.75]]).log(), torch.tensor([[0.9, 0.1]]).log()
+    table = {name: torch.zeros(1) for name in ("advantage", "before", "emphasis")}
+    table["action"] = torch.tensor([0])
+    opd.first_look(config, table, slice(None), before, logq, None)
+    loss = opd.token_loss(config, logp, logq, None, table)
+    ratio, advantage = 0.5 / 0.9, math.log(0.25 / 0.9)
+    assert loss.item() == pytest.approx(-ratio * advantage, abs=1e-6)
+
+
+def test_frozen_models_are_read_once_a_rollout(monkeypatch):
+    config, world, optimizer = ready(method="opd", updates_per_rollout=3, gamma=0.5, micro_batch=4)
+    read, hidden_states = [], opd.hidden_states
+
+    def counting(model, *args, **law):
+        read.append("teacher" if model is world.teacher else "student")
+        return hidden_states(model, *args, **law)
+
+    monkeypatch.setattr(opd, "hidden_states", counting)
+    opd.train_step(config, world, optimizer, 0, [])
+    assert read.count("teacher") == 2 and read.count("student") == 2 * 4  # two micro-batches
+
+
+def test_a_critic_learns_the_value_and_survives_a_resume(run_dir):
+    fields = dict(SMALL, method="gae_opd", lr=1e-9, value_lr=0.05, checkpoint_every=3)
+    whole = opd.train(opd.Config.load(**fields, steps=12, name="whole"))
+    losses = [row["value_loss"] for row in rows_of(whole.dir)]
+    assert sum(losses[-4:]) < 0.7 * sum(losses[:4])
+    config = opd.Config.load(**fields, steps=12, name="cut")
+    save = opd.save_checkpoint
+    with pytest.MonkeyPatch.context() as patch:
+
+        def stop(run, *rest):
+            save(run, *rest)
+            raise KeyboardInterrupt
+
+        patch.setattr(opd, "save_checkpoint", stop)
+        with pytest.raises(KeyboardInterrupt):
+            opd.train(config)
+    opd.train(opd.resumable("runs/cut"), "runs/cut")
+    assert rows_of("runs/cut") == rows_of(whole.dir)
+
+
+def test_a_cut_row_goes_on_and_a_finished_one_ends():
+    config, world, _ = ready(method="gae_opd", batch_size=4, horizon=20, gamma=1.0, gae_lambda=0.0)
+    torch.nn.init.constant_(world.critic.bias, 7.0)  # the critic says 7 everywhere
+    prompts = opd.step_prompts(config, world.task, 0)
+    rollout = opd.make_states(config, world, prompts, 0, 20)
+    rollout.finished[:] = torch.tensor([True, False, True, False])
+    table = opd.token_table(config, rollout, torch.zeros(4, dtype=torch.bool))
+    opd.look_ahead(config, world, rollout, table, {}, step=99, lap=lambda key: None)
+    plain = dict(config.model_dump(), baseline="none", gamma=0.0, method="opd")
+    reward = opd.token_table(config, rollout, torch.zeros(4, dtype=torch.bool))
+    for at, *laws in opd.score_chunks(
+        opd.Config(**plain), world, rollout, torch.arange(4), {}, lambda key: None
+    ):
+        opd.first_look(opd.Config(**plain), reward, at, *laws)
+    last = rollout.mask.sum(1) - 1
+    gap = (table["advantage"] - reward["advantage"]).gather(1, last[:, None]).squeeze(1)
+    assert torch.allclose(gap, torch.tensor([-7.0, 0.0, -7.0, 0.0]), atol=1e-4)
 
 
 def test_a_finished_run_is_not_resumed(uninterrupted, monkeypatch, capsys):
