@@ -262,12 +262,12 @@ def test_at_lambda_one_any_critic_is_unbiased_and_below_one_a_wrong_critic_biase
 # §12: what a training step makes of it
 
 
-def credit_of_training(tree, rows, monkeypatch, critic=None, **fields):
+def credit_of_training(tree, rows, monkeypatch, critic=None, cut=False, **fields):
     """The advantages that opd.look_ahead notes for some texts of the tree, in the table."""
     config = opd.Config.load(route="policy_gradient", batch_size=len(rows), **fields)
     tokens, mask = tree.tokens[rows], tree.mask[rows]
     nobody = torch.zeros(len(rows), 1, dtype=torch.long)
-    engine, finished = tree.logp_a[rows], torch.ones(len(rows), dtype=torch.bool)
+    engine, finished = tree.logp_a[rows], torch.full((len(rows),), not cut)
     rollout = opd.Rollout(nobody, nobody.bool(), tokens, mask, engine, finished)
 
     def laws(config, world, rollout, some, kept, lap, states=None):
@@ -318,6 +318,21 @@ def test_leave_one_out_in_training_descends_what_no_baseline_does(gamma, monkeyp
 
     plain = tree.expected(opd.discounted_return(tree.reward, tree.mask, gamma))
     assert torch.allclose(tree.gradient(objective), plain, atol=1e-12)
+    returns = opd.discounted_return(tree.reward, tree.mask, gamma)[rows]
+    assert torch.allclose(advantage, opd.leave_one_out(returns, 2), atol=1e-12)
+
+
+def test_in_training_the_critic_goes_on_after_a_cut_and_not_after_an_eos(monkeypatch):
+    tree, critic = Tree(), torch.nn.Linear(4, 1)
+    value = (critic.weight[0] + critic.bias).detach().double()
+    everything = torch.arange(len(tree.tokens))
+    fields = dict(gamma=0.9, baseline="value", gae_lambda=0.7)
+    for cut in (False, True):
+        table = credit_of_training(tree, everything, monkeypatch, critic, cut, **fields)
+        after = value[0].expand(len(everything)) * cut  # the state after the last token: see there
+        args = tree.reward, value[tree.states], tree.mask, 0.9, 0.7, after
+        assert torch.allclose(table["advantage"], opd.gae(*args)[0], atol=1e-6)
+    assert value[0].abs() > 1e-3
 
 
 @pytest.mark.parametrize("gamma", [0.0, 0.5, 1.0])

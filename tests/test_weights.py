@@ -55,6 +55,39 @@ def test_scale_one_ignores_the_reference():
     assert (opd.tilted_teacher(logq, logref, 1.25) - logq).abs().max() > 0.05
 
 
+def credit_of_each_token(logp, logq, logref, **fields):
+    """The advantages (V,) that a training step notes for every token of one state."""
+    config = opd.Config.load(route="policy_gradient", reference="student", **fields)
+    V = len(logp)
+    table = {name: torch.zeros(V, dtype=logp.dtype) for name in ("before", "advantage")}
+    table["action"] = torch.arange(V)
+    opd.first_look(config, table, torch.arange(V), *(x.expand(V, V) for x in (logp, logq, logref)))
+    return table["advantage"]
+
+
+@pytest.mark.parametrize("scale", [0.5, 1.25])
+@pytest.mark.parametrize("divergence", ["reverse_kl", "forward_kl", "jsd"])
+def test_training_descends_the_divergence_to_the_tilted_law_itself(divergence, scale):
+    """The tilted teacher must be a law here: its mass is not 1 before it is normalised."""
+    logp, logq = (law[0, 0] for law in random_laws(seed=2))
+    logref = random_laws(seed=102)[0][0, 0]
+    rest = optimum(scale, logq, logref)
+    fields = dict(divergence=divergence, reward_scale=scale)
+    advantage = credit_of_each_token(logp, logq, logref, **fields)
+    kind = dict(reverse_kl=opd.reverse_kl, forward_kl=opd.forward_kl)
+    loss = kind.get(divergence, lambda x, y: opd.jsd(x, y, 0.5))
+    descent = logit_gradient(lambda x: loss(x, rest), logp)
+    assert torch.allclose(score_weighted(logp.exp(), -advantage), descent, atol=1e-12)
+
+
+@pytest.mark.parametrize("scale", [0.5, 1.25])
+def test_at_the_tilted_optimum_no_token_gets_negative_feedback(scale):
+    """Routing and the local KL ask for the sign of A: off by log Z, all or none would be wrong."""
+    logq, logref = (law[0, 0] for law in random_laws(seed=2))
+    rest = optimum(scale, logq, logref)
+    assert credit_of_each_token(rest, logq, logref, reward_scale=scale).abs().max() < 1e-12
+
+
 # (18) weights by position
 
 
