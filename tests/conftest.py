@@ -78,3 +78,54 @@ def random_laws(vocab=6, rows=3, steps=4, seed=0):
     g = torch.Generator().manual_seed(seed)
     draw = lambda: torch.randn(rows, steps, vocab, generator=g, dtype=torch.float64)  # noqa: E731
     return draw().log_softmax(-1), draw().log_softmax(-1)
+
+
+def logit_gradient(loss_of_logp, z):
+    """Gradient in logit space of a scalar function of log-probs."""
+    z = z.detach().clone().requires_grad_()
+    loss_of_logp(z.log_softmax(-1)).sum().backward()
+    return z.grad
+
+
+def score_weighted(p, c):
+    """G[c] = E_{a~p}[c(a) (e_a - p)] = p (c - E_p c), enumerated over a."""
+    eye = torch.eye(len(p), dtype=p.dtype)
+    return sum(p[a] * c[a] * (eye[a] - p) for a in range(len(p)))
+
+
+class Tree:
+    """Every text of two tokens, enumerated: float64 laws of student and teacher at each state.
+
+    State 0 is the prompt, state 1 + a follows the first token a.
+    """
+
+    def __init__(self, vocab=3, seed=0):
+        g = torch.Generator().manual_seed(seed)
+        draw = lambda: torch.randn(1 + vocab, vocab, generator=g, dtype=torch.float64)  # noqa: E731
+        self.z, self.logq = draw(), draw().log_softmax(-1)  # (1 + V, V)
+        self.logp = self.z.log_softmax(-1)
+        self.tokens = torch.cartesian_prod(torch.arange(vocab), torch.arange(vocab))  # (V^2, 2)
+        self.states = torch.stack([torch.zeros(vocab**2, dtype=torch.long), 1 + self.tokens[:, 0]])
+        self.states = self.states.T  # (V^2, 2)
+        self.mask = torch.ones_like(self.tokens, dtype=torch.bool)
+        self.logp_a, self.logq_a = self.read(self.logp), self.read(self.logq)
+        self.reward, self.share = self.logq_a - self.logp_a, self.logp_a.sum(1).exp()  # p(text)
+
+    def read(self, law):
+        """A law (1 + V, V) at the states and tokens of every text: (V^2, 2)."""
+        return opd.of_tokens(law[self.states], self.tokens)
+
+    def gradient(self, objective):
+        """The gradient (1 + V, V) of objective(log-probs of the tokens, (V^2, 2)) in the logits."""
+        z = self.z.clone().requires_grad_()
+        objective(self.read(z.log_softmax(-1))).backward()
+        return z.grad
+
+    def exact(self):
+        """The gradient of the sequence KL, differentiating the texts' probabilities too."""
+        return self.gradient(lambda x: (x.sum(1).exp() * (x - self.logq_a).sum(1)).sum())
+
+    def expected(self, advantage):
+        """The expected gradient of the policy gradient with an advantage (V^2, 2)."""
+        loss = opd.policy_gradient_loss
+        return self.gradient(lambda x: (self.share[:, None] * loss(x, advantage, self.mask)).sum())

@@ -8,25 +8,12 @@ import math
 
 import pytest
 import torch
-from conftest import random_laws
+from conftest import logit_gradient, random_laws, score_weighted
 
 import opd
 
 P = torch.tensor([0.7, 0.25, 0.05], dtype=torch.float64)
 Q = torch.tensor([0.2, 0.1, 0.7], dtype=torch.float64)
-
-
-def logit_gradient(loss_of_logp, z):
-    """Gradient in logit space of a scalar function of log-probs."""
-    z = z.detach().clone().requires_grad_()
-    loss_of_logp(z.log_softmax(-1)).sum().backward()
-    return z.grad
-
-
-def score_weighted(p, c):
-    """G[c] = E_{a~p}[c(a) (e_a - p)] = p (c - E_p c), enumerated over a."""
-    eye = torch.eye(len(p), dtype=p.dtype)
-    return sum(p[a] * c[a] * (eye[a] - p) for a in range(len(p)))
 
 
 # (1) values and gradients
