@@ -886,17 +886,17 @@ def of_tokens(logp: Tensor | Scores, tokens: Tensor) -> Tensor:
 
 
 def read_law(logq: Tensor | Scores, ids: Tensor, valid: Tensor) -> Tensor:
-    """Log-probs at ids (B, T, K) -> (B, T, K); where valid is false the value means nothing.
+    """Log-probs at ids (B, T, K) -> (B, T, K); 0 where valid is false.
 
     ValueError when a valid id is not listed in a sparse teacher's Scores.
     """
     if isinstance(logq, Tensor):
-        return logq.gather(-1, ids)
+        return torch.where(valid, logq.gather(-1, ids), 0.0)
     same = ids[..., :, None] == logq.ids[..., None, :]  # (B, T, K, listed)
     need = f"k = {logq.ids.shape[-1]} tokens a state are listed, not all of the {ids.shape[-1]} "
     listed = not (valid & ~same.any(-1)).any()
     require(listed, f"{need}asked for: score those ids, or k up to the whole vocabulary")
-    return logq.logq.gather(-1, same.int().argmax(-1))
+    return torch.where(valid, logq.logq.gather(-1, same.int().argmax(-1)), 0.0)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -989,7 +989,9 @@ def kl_on_support(first: Tensor, second: Tensor, valid: Tensor, tail: str) -> Te
         renormalise   both laws divided by their mass on the support; blind to that mass
         bucket        all that is left out counts as one more token: between 0 and the full KL
 
-    An empty support gives 0.  Left-out mass that rounds to 0 or below counts as 0.  [derived]
+    An empty support gives 0.  Left-out mass that rounds to 0 or below counts as the smallest step
+    from 1, in both laws: the value stays finite, a whole vocabulary has no tail, and a teacher that
+    is sure of the support still pulls mass into it.  [derived]
     """
     fine = tail in ("renormalise", "bucket")
     require(fine, f"tail = {tail!r}: must be renormalise or bucket for this divergence")
@@ -1001,10 +1003,11 @@ def kl_on_support(first: Tensor, second: Tensor, valid: Tensor, tail: str) -> Te
     kl = torch.where(valid, first.exp() * (first - second), 0.0).sum(-1)
     if tail == "renormalise":
         return kl
-    left = [1 - torch.where(valid, x.exp(), 0.0).sum(-1) for x in (first, second)]
-    some = (left[0] > 0) & (left[1] > 0)
-    one, other = (torch.where(some, x, 1.0) for x in left)
-    return kl + one * (one.log() - other.log()) * some
+    least = torch.finfo(kl.dtype).eps  # a tail that rounds to 0 still has a log
+    one, other = (
+        (1 - torch.where(valid, x.exp(), 0.0).sum(-1)).clamp(min=least) for x in (first, second)
+    )
+    return kl + one * (one.log() - other.log())
 
 
 def truncated_reverse_kl(
@@ -1272,7 +1275,7 @@ def prune_weights(overlap: Tensor, mask: Tensor, tau: float, decay: float) -> Te
     decay .01 at top 16; its loss weight adds a base of .5.  [code: a copy of 2605.07804's]
     """
     low = mask & (overlap < tau)
-    return (1 - decay * low.cumsum(-1)).clamp(0, 1).to(overlap)
+    return (1 - decay * low.cumsum(-1).to(overlap)).clamp(0, 1)
 
 
 def entropy_gate(logq: Tensor, threshold: float) -> Tensor:
@@ -1293,13 +1296,14 @@ def truncated_importance_weights(logp_a: Tensor, engine_logp: Tensor, cap: float
 
 
 def tilted_teacher(logq: Tensor, logref: Tensor, scale: float) -> Tensor:
-    """ExOPD's target, not normalised: scale log q + (1 - scale) log ref, nats, any shape.
+    """ExOPD's target: the law ~ q^scale ref^(1 - scale), normalised; (B, T, V) -> (B, T, V).
 
-    As a reward less log p(a) it is scale (log q - log ref) - (log p - log ref).  The optimum is
-    p ~ q^scale ref^(1 - scale): 1 is OPD whatever the reference, above 1 (the paper's 1.25) goes on
-    past the teacher, away from the reference.  [code and secondary: G-OPD 2602.12125]
+    Its log-ratio reward is the paper's scale (log q - log ref) - (log p - log ref) less log Z(s), a
+    constant of the state and so a baseline.  scale 1: the teacher, whatever the reference; above 1
+    (the paper's 1.25) past the teacher, away from the reference.
+    [code and secondary: G-OPD 2602.12125; derived: log Z]
     """
-    return scale * logq + (1 - scale) * logref
+    return torch.log_softmax(scale * logq + (1 - scale) * logref, -1)
 
 
 def masked_mean(
@@ -1545,6 +1549,8 @@ def score_chunks(
             pairs = zip(frozen, kept[int(rows[0])], strict=True)
             logq, logref = (model and law_of(model, hidden[n], **law) for model, hidden in pairs)
             logq = logq if exact is None else exact[n]
+            if config.reward_scale != 1:
+                logq = tilted_teacher(logq, logref, config.reward_scale)
         lap("score_s")
         with world.precision():
             logp = law_of(world.student, own[n], **law)
@@ -1560,6 +1566,7 @@ def token_table(config: Config, rollout: Rollout, right: Tensor) -> dict[str, Te
     return dict(
         action=rollout.tokens, engine=rollout.logprobs, weight=weight, emphasis=blank + 1,
         advantage=blank + reward[:, None], before=blank, overlap=blank.clone(),
+        baseline=blank.clone(),
     )  # fmt: skip
 
 
@@ -1577,10 +1584,12 @@ def first_look(
         return
     if c.weighting == "overlap":
         table["overlap"][at] = overlap_ratio(logp.detach(), logq, c.top_k)
-    target = logq if c.reward_scale == 1 else tilted_teacher(logq, logref, c.reward_scale)
-    kind = c.divergence if c.route == "policy_gradient" else "reverse_kl"
-    reward = divergence_advantage(logp_a, of_tokens(target, table["action"][at]), kind, c.beta)
-    table["advantage"][at] = reward - kl_baseline(logp, target) if c.baseline == "kl" else reward
+    if c.baseline == "kl":
+        table["baseline"][at] = kl_baseline(logp, logq)
+    kind, logq_a = "reverse_kl", of_tokens(logq, table["action"][at])
+    if c.route == "policy_gradient":
+        kind = c.divergence
+    table["advantage"][at] = divergence_advantage(logp_a, logq_a, kind, c.beta)
 
 
 def looks_ahead(c: Config) -> bool:
@@ -1637,17 +1646,20 @@ def token_loss(
     logp (n, V) with gradient; logq, logref (n, V) where there is such a model; now: the table's
     rows of these tokens, (n,) each.
     """
-    action, advantage = now["action"], now["advantage"]
+    action, advantage = now["action"], now["advantage"] - now["baseline"]
     logp_a = of_tokens(logp, action)
     if c.feedback == "imitation":
         loss = -logp_a
     elif c.route == "direct":
-        loss = direct_loss(c, logp, logq, logref)
+        loss = direct_loss(c, logp, logq)
     elif c.negative == "route":
         reach = dict(rho=c.rho, top_k=c.top_k, min_prob=c.min_prob)
         loss = cr_opd_loss(logp, logq, action, advantage=advantage, **reach)
     else:
-        behaviour, valid = now["before"] if c.importance_ratio else None, advantage == advantage
+        behaviour, valid = (
+            now["before"] if c.importance_ratio else None,
+            torch.ones_like(action) > 0,
+        )
         loss = policy_gradient_loss(logp_a, advantage, valid, behaviour, c.clip)
     if c.negative == "local_kl" or c.entropy_threshold is not None:
         teachers = top_k_support(logp, logq, c.top_k, "teacher")
@@ -1661,10 +1673,8 @@ def token_loss(
     return loss - c.entropy_bonus * entropy(logp) if c.entropy_bonus else loss
 
 
-def direct_loss(c: Config, logp: Tensor, logq: Tensor, logref: Tensor | None) -> Tensor:
+def direct_loss(c: Config, logp: Tensor, logq: Tensor) -> Tensor:
     """Route A: the divergence on its support, (n, V) -> (n,)."""
-    if c.reward_scale != 1:
-        logq = tilted_teacher(logq, logref, c.reward_scale).log_softmax(-1)
     if c.divergence == "jsd":
         return jsd(logp, logq, c.beta)
     if c.support == "full":
@@ -1756,7 +1766,7 @@ def add_diagnostics(
     sums["teacher_entropy"] -= float(dot(logq.exp(), logq).sum())
     sums["reward"] += float(reward.sum())
     sums["unsupported"] += float(torch.where(logq < math.log(UNSUPPORTED), p, 0.0).sum())
-    gated = now["advantage"] < 0
+    gated = now["advantage"] < now["baseline"]
     if c.negative == "route":
         reach = dict(top_k=c.top_k, min_prob=c.min_prob)
         gated &= routing_target(logp, logq, now["action"], **reach)[1]

@@ -313,14 +313,19 @@ T_95 = (
 )  # t quantiles, 1 to 9 d.o.f.
 
 
-def load_spec(path: str | Path) -> dict[str, Any]:
-    """A comparison: {"base": fields, "variants": name -> fields, "lr": grid}, all three needed.
+MEASURED = ("kl", "entropy", "unsupported", "gated", "weight")  # of the last steps
 
-    A variant may carry its own "lr" grid.  InputError names what is missing or wrong.
+
+def load_spec(path: str | Path) -> dict[str, Any]:
+    """A comparison: {"about", "base": fields, "variants": name -> fields, "lr": grid}, all needed.
+
+    A variant may carry its own "lr" grid.  "choose": "kl" takes the learning rate with the lowest
+    KL to the teacher instead of the best accuracy.  InputError names what is missing or wrong.
     """
     try:
-        spec = json.loads(Path(path).read_text())
-        spec = {key: spec[key] for key in ("base", "variants", "lr")} | dict(about=spec["about"])
+        given = json.loads(Path(path).read_text())
+        spec = {key: given[key] for key in ("about", "base", "variants", "lr")}
+        spec["choose"] = given.get("choose", "accuracy")
     except (OSError, ValueError) as error:
         raise opd.InputError(f"spec = {str(path)!r}: not a readable JSON file ({error})") from None
     except (KeyError, TypeError) as error:
@@ -346,9 +351,11 @@ def fields_of(spec: dict[str, Any], name: str, lr: float, seed: int) -> dict[str
 def run_one(fields: dict[str, Any]) -> dict[str, Any]:
     """One run: its fields, test accuracy, costs, and [step, tokens sampled, seconds, validation].
 
-    Seconds are those of the steps, without validation.
+    Seconds are those of the steps, without validation.  metrics: means over the last five steps,
+    and noise, of one batch's gradient at the start, over the norm of the mean (8 batches).
     """
     torch.set_num_threads(1)
+    signal, noise = gradient_noise(opd.Config.load(**fields), batches=8)
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         run = opd.train(opd.Config.load(**fields, runs=folder))
         rows = rows_of(run)
@@ -359,7 +366,10 @@ def run_one(fields: dict[str, Any]) -> dict[str, Any]:
     ]  # fmt: skip
     before, after = run.result["student_before"], run.result["student_after"]
     at_end = dict(accuracy=after["accuracy"], greedy=after["greedy"], before=before["accuracy"])
-    return dict(fields=fields, **at_end, tokens=run.result["tokens"], curve=curve)
+    seen = [key for key in MEASURED if rows[-1][key] is not None]
+    metrics = {key: round(mean(r[key] for r in rows[-5:]), 5) for key in seen}
+    metrics["noise"] = round(noise / signal, 3)
+    return dict(fields=fields, **at_end, tokens=run.result["tokens"], curve=curve, metrics=metrics)
 
 
 def results_file(path: str | Path) -> Path:
@@ -371,7 +381,8 @@ def compare(path: str | Path, seeds: int = 5, workers: int = 2) -> dict[str, dic
     """Run what is missing of a spec, keep every result beside it, and return variant -> summary.
 
     Each variant gets the learning rate with the best final validation accuracy on two tuning seeds
-    (ties: the best mean over the curve), then `seeds` fresh seeds, evaluated on test prompts.
+    (ties: the best mean over the curve; or see load_spec), then `seeds` fresh seeds, evaluated on
+    test prompts.
     """
     spec, file = load_spec(path), results_file(path)
     names, done = list(spec["variants"]), json.loads(file.read_text()) if file.exists() else []
@@ -392,7 +403,10 @@ def compare(path: str | Path, seeds: int = 5, workers: int = 2) -> dict[str, dic
                 bar.update()
 
     def quality(name: str, lr: float) -> tuple[float, float]:
-        curves = [found(fields_of(spec, name, lr, seed))["curve"] for seed in TUNING_SEEDS]
+        tuning = [found(fields_of(spec, name, lr, seed)) for seed in TUNING_SEEDS]
+        if spec["choose"] == "kl":
+            return -mean(t["metrics"]["kl"] for t in tuning), 0.0
+        curves = [t["curve"] for t in tuning]
         return mean(c[-1][3] for c in curves), mean(row[3] for c in curves for row in c)
 
     run([(n, lr, seed) for n in names for lr in grid_of(spec, n) for seed in TUNING_SEEDS])
@@ -423,6 +437,7 @@ def summary_of(runs: list[dict], first: list[dict], grid: list[float]) -> dict[s
         accuracy=interval([r["accuracy"] for r in runs]),
         difference=interval([r["accuracy"] - f["accuracy"] for r, f in gaps]),
         tokens=mean(r["tokens"]["sampled"] for r in runs), runs=runs,
+        metrics={k: interval([r["metrics"][k] for r in runs]) for k in runs[0].get("metrics", {})},
     )  # fmt: skip
 
 
@@ -437,19 +452,23 @@ def interval(values: list[float]) -> tuple[float, float]:
 
 def markdown_table(summary: dict[str, dict[str, Any]]) -> str:
     """The comparison as a table; * marks a learning rate at the edge of its grid."""
+
+    def shown(value: tuple[float, float] | None) -> str:
+        return "" if value is None else "{:.3f} ± {:.3f}".format(*value)
+
     first = next(iter(summary))
-    rows = [
-        f"| variant | lr | accuracy | minus {first} | tokens sampled |",
-        "|---|---|---|---|---|",
-    ]
+    keys = list(dict.fromkeys(key for s in summary.values() for key in s["metrics"]))
+    head = ["variant", "lr", "accuracy", f"minus {first}", "tokens sampled", *keys]
+    rows = [head, ["---"] * len(head)]
     for name, s in summary.items():
         (accuracy, half), (gap, gap_half) = s["accuracy"], s["difference"]
         paired = "" if name == first else f"{gap:+.3f} ± {gap_half:.3f}"
-        rate = f"{s['lr']:g}{'*' * s['edge']}"
-        rows.append(
-            f"| {name} | {rate} | {accuracy:.3f} ± {half:.3f} | {paired} | {s['tokens']:,.0f} |"
-        )
-    return "\n".join(rows)
+        rows.append([
+            name, f"{s['lr']:g}{'*' * s['edge']}", f"{accuracy:.3f} ± {half:.3f}", paired,
+            f"{s['tokens']:,.0f}",
+            *(shown(s["metrics"].get(key)) for key in keys),
+        ])  # fmt: skip
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows).replace("|  |", "| |")
 
 
 def plot_comparison(summary: dict[str, dict[str, Any]], title: str) -> plt.Figure:

@@ -110,7 +110,10 @@ BAD = [
     ),
     (["--reference", "student"], "reference = 'student'"),
     (["--reward_scale", "1.5"], "reference = None: a model"),
-    (["--method", "exopd", "--reference", "no/such"], "reference = 'no/such': must be a folder here"),
+    (
+        ["--method", "exopd", "--reference", "no/such"],
+        "reference = 'no/such': must be a folder here",
+    ),
     (["--method", "sft", "--weighting", "position"], 'needs feedback = "teacher" or "law"'),
     (["--states", "teacher", "--importance_cap", "2"], 'needs states = "student"'),
     (["--method", "reinforce", "--samples_per_prompt", "1"], "samples_per_prompt"),

@@ -299,7 +299,7 @@ def test_a_k_outside_the_vocabulary_raises_and_is_named(source, k):
 
 def test_unknown_sources_and_tails_raise_and_name_the_known_ones():
     logp, logq = random_laws()
-    with pytest.raises(ValueError, match="source = 'both'.*student, teacher, union or intersect"):
+    with pytest.raises(ValueError, match="source = 'both'.*student, teacher, union, intersect"):
         opd.top_k_support(logp, logq, 2, "both")
     support = opd.top_k_support(logp, logq, 2)
     with pytest.raises(ValueError, match="tail = 'none'.*bucket"):
