@@ -1570,10 +1570,7 @@ def token_table(config: Config, rollout: Rollout, right: Tensor) -> dict[str, Te
     )  # fmt: skip
 
 
-def first_look(
-    c: Config, table: dict[str, Tensor], at: Any, logp: Tensor, logq: Tensor | None,
-    logref: Tensor | None,
-) -> None:  # fmt: skip
+def first_look(c: Config, table: dict, at: Any, logp: Tensor, logq: Tensor | None) -> None:
     """Note in the table, before the first update: log p(a), its immediate advantage, weights."""
     logp_a = of_tokens(logp, table["action"][at]).detach()
     table["before"][at] = logp_a
@@ -1586,9 +1583,8 @@ def first_look(
         table["overlap"][at] = overlap_ratio(logp.detach(), logq, c.top_k)
     if c.baseline == "kl":
         table["baseline"][at] = kl_baseline(logp, logq)
-    kind, logq_a = "reverse_kl", of_tokens(logq, table["action"][at])
-    if c.route == "policy_gradient":
-        kind = c.divergence
+    kind = c.divergence if c.route == "policy_gradient" else "reverse_kl"
+    logq_a = of_tokens(logq, table["action"][at])
     table["advantage"][at] = divergence_advantage(logp_a, logq_a, kind, c.beta)
 
 
@@ -1599,9 +1595,8 @@ def looks_ahead(c: Config) -> bool:
 
 
 def look_ahead(
-    config: Config, world: World, rollout: Rollout, table: dict[str, Tensor], kept: dict, step: int,
-    lap: Callable,
-) -> float:  # fmt: skip
+    config: Config, world: World, rollout: Rollout, table: dict, kept: dict, step: int, lap: Any
+) -> float:
     """Credit and weights that need whole rows: one reading of the batch without gradient.
 
     Changes the table's advantage and emphasis.  With a critic: its gradient is left in place, and
@@ -1613,7 +1608,7 @@ def look_ahead(
             with world.precision():
                 states = hidden_states(world.student, take(rollout, rows), beyond=True)
             for at, *laws in score_chunks(config, world, rollout, rows, kept, lap, states[:, :-1]):
-                first_look(config, table, at, *laws)
+                first_look(config, table, at, *laws[:2])
         if critic:
             values.append(critic(states.float()).squeeze(-1))
     reward = table["advantage"]  # (B, T)
@@ -1722,13 +1717,13 @@ def train_step(config: Config, world: World, optimizer: AdamW, step: int, histor
         for rows in micro_batches(config):
             for at, *laws in score_chunks(config, world, rollout, rows, kept, lap):  # SCORES (n, V)
                 if update == 0 and not ahead:  # FEEDBACK and CREDIT, each token's own
-                    first_look(config, table, at, *laws)
+                    first_look(config, table, at, *laws[:2])
                 now = {name: values[at] for name, values in table.items()}  # (n,) each
                 loss = token_loss(config, *laws, now)  # ROUTE, SUPPORT, ROUTING, GATES
                 loss = (loss * now["emphasis"] * now["weight"]).sum()  # WEIGHTS
                 loss.backward()
                 if update == 0:
-                    add_diagnostics(config, sums, now, loss.item(), *laws)
+                    add_diagnostics(config, sums, now, loss.item(), *laws[:2])
         update_student(config, world.student, optimizer, step, sums)  # UPDATE
         lap("update_s")
     return step_metrics(config, world, step, horizon, rollout, right, sums) | seconds
@@ -1751,9 +1746,8 @@ def update_student(c: Config, student: Module, optimizer: AdamW, step: int, sums
 
 @torch.no_grad()
 def add_diagnostics(
-    c: Config, sums: Counter, now: dict[str, Tensor], loss: float, logp: Tensor,
-    logq: Tensor | None, logref: Tensor | None,
-) -> None:  # fmt: skip
+    c: Config, sums: Counter, now: dict, loss: float, logp: Tensor, logq: Tensor | None
+) -> None:
     """Add a chunk's loss and its sums over tokens: entropies, KL, reward, open gates, weights."""
     p, dot = logp.detach().exp(), torch.linalg.vecdot
     sums["loss"] += loss

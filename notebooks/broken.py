@@ -74,6 +74,40 @@ def mean_over_vocabulary(logp: Tensor, logq: Tensor) -> Tensor:
     return (logp.exp() * (logp - logq)).mean(-1)
 
 
+# --- supports and credit ---------------------------------------------------------------------------
+
+
+def plainly_truncated_reverse_kl(logp: Tensor, logq: Tensor, ids: Tensor) -> Tensor:
+    """sum_S p (log p - log q), differentiated: also lowers the mass on S.  verl #5041."""
+    lp, lq = logp.gather(-1, ids), logq.gather(-1, ids)
+    return (lp.exp() * (lp - lq)).sum(-1)
+
+
+def clamped_truncated_forward_kl(logp: Tensor, logq: Tensor, ids: Tensor) -> Tensor:
+    """sum_S q (log q - log p), negative where P > Q, then cut off at 0.  verl #7855, #7856."""
+    lp, lq = logp.gather(-1, ids), logq.gather(-1, ids)
+    return (lq.exp() * (lq - lp)).sum(-1).clamp(min=0)
+
+
+def exact_head_and_sampled_tail(logp: Tensor, logq: Tensor, ids: Tensor, action: Tensor) -> Tensor:
+    """Exact sum on S, a sampled l log p(a) off S: one has l + 1, one l.  NeMo-RL #3608's review."""
+    head = plainly_truncated_reverse_kl(logp, logq, ids)
+    logp_a = opd.of_tokens(logp, action)
+    off = (ids != action[..., None]).all(-1)
+    return head + off * (logp_a - opd.of_tokens(logq, action)).detach() * logp_a
+
+
+def mean_of_all_samples(reward: Tensor, samples: int) -> Tensor:
+    """A baseline that has seen its own row: the gradient shrinks by (n - 1) / n.  Common in RL."""
+    groups = reward.view(-1, samples)
+    return (groups - groups.mean(1, keepdim=True)).flatten()
+
+
+def cut_as_finished(reward: Tensor, value: Tensor, mask: Tensor, gamma: float) -> Tensor:
+    """GAE that knows no cut: behind a horizon the value is 0, as if the text had ended there."""
+    return opd.gae(reward, value, mask, gamma, 0.95)[0]
+
+
 # --- alignment and masks --------------------------------------------------------------------------
 
 

@@ -6,7 +6,7 @@ import math
 import broken
 import pytest
 import torch
-from conftest import random_laws
+from conftest import logit_gradient, random_laws
 
 import opd
 
@@ -110,6 +110,58 @@ def test_a_mean_over_the_vocabulary_shrinks_with_it():
         assert torch.allclose(ratio, torch.full_like(ratio, vocab))
 
 
+def head_of(size):
+    return torch.arange(size)[None]
+
+
+def test_a_plainly_truncated_reverse_kl_drains_its_support_at_p_equal_q():
+    ids = head_of(2)
+    g = logit_gradient(lambda x: broken.plainly_truncated_reverse_kl(x[None], LOGQ[None], ids), Q)
+    inside, left = torch.tensor([1.0, 1.0, 0.0]).double(), Q[:2].sum()
+    assert torch.allclose(g, Q * (inside - left), atol=1e-12) and g[0] > 0 > g[2]
+    support = opd.Support(ids, torch.ones_like(ids, dtype=torch.bool))
+    for tail in ("stop_gradient", "generalised", "renormalise", "bucket"):
+        right = logit_gradient(
+            lambda x, t=tail: opd.truncated_reverse_kl(x[None], LOGQ[None], support, t), LOGQ
+        )
+        assert right.abs().max() < 1e-12, tail
+
+
+def test_a_clamp_takes_the_gradient_of_the_truncated_forward_kl():
+    ids = head_of(2)  # P = .95 > Q = .3: the bare sum is negative
+    bare = lambda x: broken.clamped_truncated_forward_kl(x[None], LOGQ[None], ids)  # noqa: E731
+    assert bare(LOGP).item() == 0 and logit_gradient(bare, LOGP).abs().max() == 0
+    support = opd.Support(ids, torch.ones_like(ids, dtype=torch.bool))
+    right = lambda x: opd.truncated_forward_kl(x[None], LOGQ[None], support)  # noqa: E731
+    assert right(LOGP).item() > 1.0
+    assert torch.allclose(logit_gradient(right, LOGP), P - Q, atol=1e-12)  # the bucket is token 2
+
+
+def test_an_exact_head_with_a_sampled_tail_is_off_by_the_gradient_of_the_mass():
+    ids, eye = head_of(1), torch.eye(3).double()
+    mixed = sum(
+        P[a] * logit_gradient(lambda x, a=a: broken.exact_head_and_sampled_tail(
+            x[None], LOGQ[None], ids, torch.tensor([a])), LOGP)
+        for a in range(3)
+    )  # fmt: skip
+    exact = logit_gradient(lambda x: opd.reverse_kl(x, LOGQ), LOGP)
+    assert torch.allclose(mixed - exact, P[0] * (eye[0] - P), atol=1e-12)
+
+
+def test_a_baseline_that_has_seen_its_own_row_shrinks_everything():
+    reward = torch.tensor([1.0, 0.0, 0.0, 1.0, 1.0, 1.0])
+    shrunk = broken.mean_of_all_samples(reward, 3)
+    assert torch.allclose(shrunk, opd.leave_one_out(reward, 3) * 2 / 3)
+
+
+def test_a_cut_that_counts_as_an_end_blames_the_last_token_for_the_horizon():
+    reward, value = torch.zeros(1, 4), torch.full((1, 4), -5.0)  # steady: nothing was done wrong
+    mask = torch.ones(1, 4, dtype=torch.bool)
+    wrong = broken.cut_as_finished(reward, value, mask, 1.0)
+    right = opd.gae(reward, value, mask, 1.0, 0.95, bootstrap=torch.tensor([-5.0]))[0]
+    assert right.abs().max() == 0 and wrong[0, -1] == 5.0
+
+
 def test_late_scores_are_far_from_themselves():
     logp, _ = random_laws()
     late = broken.late_scores(logp)
@@ -177,4 +229,4 @@ def test_a_renormalised_ratio_is_the_kept_mass_for_every_token():
 def test_every_broken_function_is_shown_here():
     source = open(__file__).read()
     names = [n for n, f in vars(broken).items() if inspect.isfunction(f)]
-    assert len(names) == 20 and all(f"broken.{name}" in source for name in names)
+    assert len(names) == 25 and all(f"broken.{name}" in source for name in names)

@@ -72,7 +72,7 @@ def whole_loss(config, world, rollout):
         logq = opd.tilted_teacher(logq, logref, config.reward_scale)
     table = opd.token_table(config, rollout, torch.zeros(len(logp), dtype=torch.bool))
     everywhere = slice(None)
-    opd.first_look(config, table, everywhere, logp, logq, logref)
+    opd.first_look(config, table, everywhere, logp, logq)
     loss = opd.token_loss(config, logp, logq, logref, table) * table["emphasis"]
     loss = opd.masked_mean(loss, rollout.mask, config.aggregation)
     loss.backward()
@@ -104,7 +104,7 @@ def test_chunks_give_the_loss_and_gradient_of_the_whole(fields, chunk, monkeypat
     for rows in (torch.arange(0, 1), torch.arange(1, 4)):
         for at, *laws in opd.score_chunks(config, world, rollout, rows, kept, lambda key: None):
             assert len(laws[0]) <= max(1, chunk // 19)
-            opd.first_look(config, table, at, *laws)
+            opd.first_look(config, table, at, *laws[:2])
             now = {name: values[at] for name, values in table.items()}
             loss = opd.token_loss(config, *laws, now)
             loss = (loss * now["emphasis"] * now["weight"]).sum()
@@ -441,7 +441,7 @@ def test_advantage_stays_that_of_the_rollout_over_its_updates():
     logq, before = torch.tensor([[0.25, 0.75]]).log(), torch.tensor([[0.9, 0.1]]).log()
     table = {name: torch.zeros(1) for name in ("advantage", "baseline", "before")}
     table["action"] = torch.tensor([0])
-    opd.first_look(config, table, slice(None), before, logq, None)
+    opd.first_look(config, table, slice(None), before, logq)
     loss = opd.token_loss(config, logp, logq, None, table)
     ratio, advantage = 0.5 / 0.9, math.log(0.25 / 0.9)
     assert loss.item() == pytest.approx(-ratio * advantage, abs=1e-6)
@@ -494,7 +494,7 @@ def test_a_cut_row_goes_on_and_a_finished_one_ends():
     for at, *laws in opd.score_chunks(
         opd.Config(**plain), world, rollout, torch.arange(4), {}, lambda key: None
     ):
-        opd.first_look(opd.Config(**plain), reward, at, *laws)
+        opd.first_look(opd.Config(**plain), reward, at, *laws[:2])
     last = rollout.mask.sum(1) - 1
     gap = (table["advantage"] - reward["advantage"]).gather(1, last[:, None]).squeeze(1)
     assert torch.allclose(gap, torch.tensor([-7.0, 0.0, -7.0, 0.0]), atol=1e-4)

@@ -62,7 +62,7 @@ def credit_of_each_token(logp, logq, logref, **fields):
     table = {name: torch.zeros(V, dtype=logp.dtype) for name in ("before", "advantage")}
     table["action"] = torch.arange(V)
     taught = opd.tilted_teacher(logq, logref, config.reward_scale)
-    opd.first_look(config, table, torch.arange(V), logp.expand(V, V), taught.expand(V, V), None)
+    opd.first_look(config, table, torch.arange(V), logp.expand(V, V), taught.expand(V, V))
     return table["advantage"]
 
 
