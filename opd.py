@@ -893,7 +893,7 @@ def read_law(logq: Tensor | Scores, ids: Tensor, valid: Tensor) -> Tensor:
     if isinstance(logq, Tensor):
         return torch.where(valid, logq.gather(-1, ids), 0.0)
     same = ids[..., :, None] == logq.ids[..., None, :]  # (B, T, K, listed)
-    need = f"k = {logq.ids.shape[-1]} tokens a state are listed, not all of the {ids.shape[-1]} "
+    need = f"the k = {logq.ids.shape[-1]} tokens listed a state lack some of the {ids.shape[-1]} "
     listed = not (valid & ~same.any(-1)).any()
     require(listed, f"{need}asked for: score those ids, or k up to the whole vocabulary")
     return torch.where(valid, logq.logq.gather(-1, same.int().argmax(-1)), 0.0)

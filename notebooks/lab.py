@@ -451,24 +451,26 @@ def interval(values: list[float]) -> tuple[float, float]:
 
 
 def markdown_table(summary: dict[str, dict[str, Any]]) -> str:
-    """The comparison as a table; * marks a learning rate at the edge of its grid."""
+    """The comparison as a table; * marks a learning rate at the edge of its grid.
+
+    Measures that are the same for all variants are left out.
+    """
 
     def shown(value: tuple[float, float] | None) -> str:
         return "" if value is None else "{:.3f} ± {:.3f}".format(*value)
 
     first = next(iter(summary))
-    keys = list(dict.fromkeys(key for s in summary.values() for key in s["metrics"]))
+    keys = dict.fromkeys(key for s in summary.values() for key in s["metrics"])
+    keys = [k for k in keys if len({s["metrics"].get(k) for s in summary.values()}) > 1]
     head = ["variant", "lr", "accuracy", f"minus {first}", "tokens sampled", *keys]
-    rows = [head, ["---"] * len(head)]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for name, s in summary.items():
-        (accuracy, half), (gap, gap_half) = s["accuracy"], s["difference"]
-        paired = "" if name == first else f"{gap:+.3f} ± {gap_half:.3f}"
-        rows.append([
-            name, f"{s['lr']:g}{'*' * s['edge']}", f"{accuracy:.3f} ± {half:.3f}", paired,
-            f"{s['tokens']:,.0f}",
-            *(shown(s["metrics"].get(key)) for key in keys),
-        ])  # fmt: skip
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows).replace("|  |", "| |")
+        (gap, half), rate = s["difference"], f"{s['lr']:g}{'*' * s['edge']}"
+        paired = "" if name == first else f"{gap:+.3f} ± {half:.3f}"
+        cells = [name, rate, shown(s["accuracy"]), paired, f"{s['tokens']:,.0f}"]
+        cells += [shown(s["metrics"].get(key)) for key in keys]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def plot_comparison(summary: dict[str, dict[str, Any]], title: str) -> plt.Figure:

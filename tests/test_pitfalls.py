@@ -116,7 +116,9 @@ def head_of(size):
 
 def test_a_plainly_truncated_reverse_kl_drains_its_support_at_p_equal_q():
     ids = head_of(2)
-    g = logit_gradient(lambda x: broken.plainly_truncated_reverse_kl(x[None], LOGQ[None], ids), LOGQ)
+    g = logit_gradient(
+        lambda x: broken.plainly_truncated_reverse_kl(x[None], LOGQ[None], ids), LOGQ
+    )
     inside, left = torch.tensor([1.0, 1.0, 0.0]).double(), Q[:2].sum()
     assert torch.allclose(g, Q * (inside - left), atol=1e-12) and g[0] > 0 > g[2]
     support = opd.Support(ids, torch.ones_like(ids, dtype=torch.bool))
