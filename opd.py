@@ -128,6 +128,9 @@ NEEDS: list[tuple[str, list, dict[str, list]]] = [  # field, its values (none: a
     ("entropy_threshold", [], dict(feedback=SCORED)),
     ("importance_cap", [], dict(states=["student"], teacher_prefix=[0])),
     ("reward_scale", [], dict(feedback=SCORED)),
+    ("schedule", ["adaptive"], dict(feedback=SCORED)),
+    ("extrapolate", ["kl"], dict(feedback=["teacher"])),
+    ("stop_kl", [], dict(feedback=SCORED)),
     ("tail", ["stop_gradient", "generalised"], dict(divergence=["reverse_kl", "jsd"])),
 ]  # ... and what each then needs
 
@@ -153,6 +156,10 @@ class Config(BaseModel):
     temperature: float = opt(1.0, "of sampling and of both models' scores", ge=0.01, le=100)
     top_p: float = opt(1.0, "nucleus of the student's sampling", gt=0, le=1)
     horizon: int | float | None = opt(None, "tokens, or a share of max_tokens; null: all")
+    schedule: Literal["fixed", "staircase", "linear", "adaptive"] = opt("fixed", "of the horizon")
+    horizon_start: int = opt(6, "growing schedules: tokens at the first step", ge=1, le=MANY)
+    growth: float = opt(0.6, "staircase, linear: share of the steps to grow in", gt=0, le=1)
+    horizon_kl: float = opt(0.1, "adaptive: grow below so many nats a token", gt=0)
     max_tokens: int | None = opt(None, "longest response; null: the task's", ge=1, le=MANY)
     # feedback and its route into an update
     # law: the task's exact one; verifier: right or wrong; imitation: copy the text
@@ -205,6 +212,10 @@ class Config(BaseModel):
     runs: str = opt("runs", "where runs are written")
     eval_every: int = opt(10, "steps between validations; 0: never", ge=0)
     eval_prompts: int = opt(512, "held-out prompts of the final evaluation", ge=1, le=MANY)
+    extrapolate: Literal["none", "accuracy", "kl"] = opt("none", "EffOPD, and what it validates by")
+    accept: Literal[">=", ">"] = opt(">=", "EffOPD: against the best score so far")
+    extrapolate_prompts: int = opt(50, "EffOPD: validation prompts a candidate", ge=1, le=MANY)
+    stop_kl: float | None = opt(None, "stop when a step's KL to the teacher is below it", gt=0)
     stop_accuracy: float | None = opt(None, "stop when validation reaches it", gt=0, le=1)
     checkpoint_every: int = opt(20, "steps between checkpoints; 0: only at the end", ge=0)
     save_dtype: Literal["fp32", "fp16", "bf16"] = opt("fp32", "of the weights in model/")
@@ -312,6 +323,14 @@ METHODS: dict[str, dict[str, Any]] = {
     "gae_opd": dict(route="policy_gradient", baseline="value", gamma=0.9, gae_lambda=0.95),
     # CR-OPD: suppressed mass goes to what the teacher supports  [reconstruction]
     "cr_opd": dict(route="policy_gradient", negative="route", rho=1.0, top_k=16, min_prob=1e-4),
+    # horizons, for any method, e.g. opd_full+popd: TOPD 2605.31490, a tenth  [secondary: abstract]
+    "topd": dict(horizon=0.1, schedule="fixed"),
+    # POPD 2605.31490: a staircase; its numbers are ours  [secondary; reconstruction: the numbers]
+    "popd": dict(schedule="staircase", horizon_start=6, growth=0.6),
+    # prefix distillation 2602.15260: a linear ramp; its numbers are ours  [secondary, the same]
+    "prefix": dict(schedule="linear", horizon_start=6, growth=1.0),
+    # EffOPD 2605.11739: extrapolate the parameters at steps 1, 2, 4, 8, ...  [paper; code]
+    "effopd": dict(extrapolate="accuracy", accept=">=", extrapolate_prompts=50),
     # GKD 2306.13649: mixed states, generalised JSD  [secondary]
     "gkd": dict(states="mixed", student_share=0.5, off_policy="data", divergence="jsd", beta=0.5),
     # off-policy distillation: forward KL on the teacher's own text  [derived]
@@ -1338,17 +1357,161 @@ def token_weights(mask: Tensor, how: str = "token", total: int | Tensor | None =
 # ------------------------------------------------------------------------------------------------
 
 
+STAIRS, DWELL = 4, 3  # staircase: heights; adaptive: steps in a row that must agree
+
+
 def horizon_at(step: int, config: Config, history: list[dict] | None = None) -> int:
     """Tokens a rollout may have at this step (counted from 0), between 1 and config.max_tokens.
 
-    Config.horizon: an int is tokens, a float in (0, 1) a share of max_tokens, null the whole.
-    history: the rows of metrics.jsonl, for schedules that adapt.
+    The end H is Config.horizon: an int is tokens, a float in (0, 1) a share of max_tokens, null the
+    whole.  From H_0 = horizon_start it is reached by
+
+        fixed        at once (TOPD: a tenth of max_tokens)  [secondary: 2605.31490, abstract]
+        linear       H_0 + (H - H_0) min(1, k / K), K = growth * steps  [secondary: 2602.15260]
+        staircase    the same in 4 equal stairs  [secondary: 2605.31490; reconstruction: 4]
+        adaptive     half as much again after 3 steps whose KL was below horizon_kl nats a token
+                     [reconstruction]
+
+    history: the rows of metrics.jsonl so far, so that a resumed run goes on where it was.
     """
     require(config.max_tokens, "max_tokens = null: set it (training takes the task's own)")
-    tokens = config.max_tokens if config.horizon is None else config.horizon
-    if isinstance(tokens, float):
-        tokens = round(tokens * config.max_tokens)
-    return max(1, min(tokens, config.max_tokens))
+    end = config.max_tokens if config.horizon is None else config.horizon
+    end = round(end * config.max_tokens) if isinstance(end, float) else end
+    end = max(1, min(end, config.max_tokens))
+    start, done = min(config.horizon_start, end), step / max(1.0, config.growth * config.steps)
+    if config.schedule == "fixed":
+        return end
+    if config.schedule == "adaptive":
+        now = history[-1]["horizon"] if history else start
+        last = [row for row in (history or [])[-DWELL:] if row["horizon"] == now]
+        ready = len(last) == DWELL and all(row["kl"] < config.horizon_kl for row in last)
+        return min(end, math.ceil(1.5 * now) if ready else now)
+    done = math.floor(STAIRS * done) / STAIRS if config.schedule == "staircase" else done
+    return start + round((end - start) * min(1.0, done))
+
+
+def forward_flops(model: Module, positions: float, pairs: float, read: float) -> float:
+    """FLOPs of a forward pass: 2 N positions + 4 L A pairs + 2 D V read.  [derived]
+
+    N weights of the layers' matrices, L layers, A heads * head size; pairs: sum over positions of
+    the positions each attends to (the whole square when nothing is cached); read: positions whose
+    logits are computed.  A backward pass costs twice as much.
+    """
+    linear = (m for m in model.base_model.modules() if isinstance(m, torch.nn.Linear))
+    layers, c = sum(m.weight.numel() for m in linear), model.config
+    size = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
+    attention = 4 * c.num_hidden_layers * c.num_attention_heads * size
+    head = model.get_output_embeddings().weight.numel()
+    return 2.0 * layers * positions + attention * pairs + 2.0 * head * read
+
+
+def step_flops(config: Config, world: "World", rollout: Rollout) -> dict[str, float]:
+    """FLOPs of a step by part: sample (prompts once, then from the cache), score, update."""
+    (B, P), T = rollout.prompt_ids.shape, rollout.tokens.shape[1]
+    n = rollout.mask.sum(1).double()  # (B,) response tokens
+    length, tokens = P + T - 1, float(n.sum())
+    cached = float(((n - 1) * P + n * (n - 1) / 2).sum())
+    drawn = tokens if rollout.logprobs.isfinite().any() else 0.0  # text that nobody sampled is free
+    full = dict(positions=B * length, pairs=B * length**2, read=tokens)
+    frozen = (world.teacher if config.feedback == "teacher" else None, world.reference)
+    passes = 3 * config.updates_per_rollout + looks_ahead(config)
+    writer = world.teacher if config.states == "teacher" else world.student
+    sampling = forward_flops(writer, B * P + tokens - B, B * P * P + cached, tokens)
+    return dict(
+        sample=sampling * bool(drawn),
+        score=sum(forward_flops(model, **full) for model in frozen if model is not None),
+        update=passes * forward_flops(world.student, **full),
+    )
+
+
+# ------------------------------------------------------------------------------------------------
+# §9  Extrapolation: further along the way the weights have gone
+# ------------------------------------------------------------------------------------------------
+
+
+def attention_and_mlp(name: str) -> bool:
+    """Is this parameter a matrix of a layer's attention or MLP?  Biases and norms are not."""
+    return re.search(r"(attn|attention|mlp)\b.*\.weight$", name) is not None and "norm" not in name
+
+
+@torch.no_grad()
+def extrapolate(
+    model: Module, base: dict[str, Tensor], validate: Callable, *, tries: int = 5,
+    accept: Literal[">=", ">"] = ">=", moves: Callable | None = None,
+) -> int:  # fmt: skip
+    """EffOPD: try W + 2k (W - W_base) for k = 1 .. tries, stop at the first that is not accepted.
+
+    validate(model) -> float, higher is better; a candidate must reach (>=) or beat (>) the best
+    score so far, W's own at first.  base: name -> tensor, the weights after the last trigger;
+    moves: name -> bool, which parameters move, by default attention and MLP matrices.  Arithmetic
+    in fp32 or wider.  Leaves the last accepted candidate in place, W bit by bit if there was none;
+    returns its k, or 0.  The optimizer's state is not touched; the caller renews base.
+    [paper 2605.11739: k, >=, powers of two; code: which parameters, base = accepted weights, >]
+    """
+    named = model.named_parameters()
+    moving = {name: p for name, p in named if (moves or attention_and_mlp)(name)}
+    own = {name: p.clone() for name, p in moving.items()}
+    best, accepted = validate(model), 0
+
+    def put(k: int) -> None:
+        for name, p in moving.items():
+            wide = torch.promote_types(p.dtype, torch.float32)
+            w, start = own[name].to(wide), base[name].to(p.device, wide)
+            p.copy_(own[name] if k == 0 else w + 2 * k * (w - start))
+
+    for k in range(1, tries + 1):
+        put(k)
+        score = validate(model)
+        if not (score > best or (accept == ">=" and score == best)):
+            break
+        best, accepted = score, k
+    put(accepted)
+    return accepted
+
+
+def spectrum(delta: Tensor) -> dict[str, float]:
+    """Shape of one update matrix from its singular values s, largest first.
+
+    norm |delta|_F; spectral_norm s_1; spectral_ratio s_1 / |delta|_F; effective_rank
+    exp(-sum w log w), w = s / sum s; top1_ratio sqrt(sum s_i^2 over the first 1% / sum s^2).
+    [paper 2605.11739, appendix]
+    """
+    s = torch.linalg.svdvals(delta.double())
+    norm, w, top = s.norm(), s / s.sum(), s[: math.ceil(len(s) / 100)]
+    rank = torch.exp(-torch.special.xlogy(w, w).sum())
+    values = dict(norm=norm, spectral_norm=s[0], spectral_ratio=s[0] / norm)
+    values |= dict(effective_rank=rank, top1_ratio=top.norm() / norm)
+    return {name: float(value) for name, value in values.items()}
+
+
+def update_geometry(base: dict[str, Tensor], model: Module) -> dict[str, Any]:
+    """The mean of `spectrum` over the moved attention and MLP matrices, and their "norms" by name.
+
+    nan where nothing has moved.
+    """
+    moving = {n: p.detach() - base[n] for n, p in model.named_parameters() if attention_and_mlp(n)}
+    shapes = {name: spectrum(delta) for name, delta in moving.items() if delta.any()}
+    keys = ("norm", "spectral_norm", "spectral_ratio", "effective_rank", "top1_ratio")
+    n = len(shapes) or math.nan
+    means = {key: sum(shape[key] for shape in shapes.values()) / n for key in keys}
+    return means | dict(norms={name: shape["norm"] for name, shape in shapes.items()})
+
+
+def subspace_alignment(delta: Tensor, final: Tensor, k: int) -> float:
+    """mean over i <= k of |<u_i, u_i'>|, left singular vectors of two updates; between 0 and 1.
+
+    [paper 2605.11739: the cosine of the k-th subspaces; reconstruction: left vectors, the sign]
+    """
+    u, v = (torch.linalg.svd(x.double(), full_matrices=False).U[:, :k] for x in (delta, final))
+    return float((u * v).sum(0).abs().mean())
+
+
+def norm_scaled(early: Tensor, final: Tensor, beta: float) -> Tensor:
+    """The early update, its norm moved toward the final one's: (1 - beta)|early| + beta |final|.
+
+    [paper 2605.11739]
+    """
+    return early * (1 + beta * (final.norm() - early.norm()) / early.norm())
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1373,11 +1536,36 @@ def entropy_gap(logp: Tensor, logq: Tensor) -> Tensor:
     return (entropy(logq) - entropy(logp)).abs()
 
 
+def kl_by_position(kl: Tensor, mask: Tensor) -> Tensor:
+    """(B, T) -> (T,): the mean over the rows that have a token there; nan where there is none."""
+    total, rows = torch.where(mask, kl, 0.0).sum(0), mask.sum(0)
+    return torch.where(rows > 0, total / rows.clamp(min=1), torch.nan)
+
+
+def continuation_advantage(
+    student: Module, teacher: Module, task: Task, prompts: Prompts, depths: list[int], **law: Any
+) -> dict[int, dict[str, float]]:
+    """Who finishes the student's text better?  depth -> accuracy of student, teacher, advantage.
+
+    The first `depth` tokens are the student's; the rest is written by each, with the same noise.
+    Near 0 or below: the teacher cannot use what the student has written so far.
+    [secondary: 2604.13016]
+    """
+    noise = torch.rand(len(prompts.text), task.max_tokens, generator=keyed_generator("continue"))
+    law |= dict(horizon=task.max_tokens, noise=noise)
+    own, found = sample(student, prompts, **law), {}
+    for depth in depths:
+        rest = continue_rollout(teacher, own, depth, **law)
+        right = [float(task.verify(prompts, text).float().mean()) for text in (own, rest)]
+        found[depth] = dict(student=right[0], teacher=right[1], advantage=right[1] - right[0])
+    return found
+
+
 # ------------------------------------------------------------------------------------------------
 # §12  Training: the step, the loop, evaluation, checkpoints, the files of a run
 # ------------------------------------------------------------------------------------------------
 
-VALIDATION_PROMPTS, EVALUATION_ROWS, SHOWN_SAMPLES = 256, 512, 4
+VALIDATION_PROMPTS, EVALUATION_ROWS, SHOWN_SAMPLES, EXTRAPOLATE_TOKENS = 256, 512, 4, 6
 CHUNK_LOGITS, CHUNK_TOKENS = 2**22, 16  # logits held at once, but at least so many tokens
 PRUNE_BASE, UNSUPPORTED = 0.5, 1e-3  # Prune-OPD's base weight; below it the teacher means no
 CHECKPOINT = "checkpoint/last.safetensors"  # in a run's folder
@@ -1410,12 +1598,16 @@ class World:
 
 @dataclass
 class Run:
-    """A run: its folder, its config, result.json as a dict (so far), and the student it trains."""
+    """A run: its folder, its config, result.json as a dict (so far), and the student it trains.
+
+    base: EffOPD's, the student's weights after the last trigger, by name.
+    """
 
     dir: Path
     config: Config
     result: dict[str, Any]
     model: Module
+    base: dict[str, Tensor]
 
 
 def load_world(config: Config) -> World:
@@ -1787,7 +1979,8 @@ def step_metrics(
         finished=float(rollout.finished.float().mean()),
         tokens_sampled=int((rollout.mask & ~rollout.logprobs.isnan()).sum()),
         tokens_scored=tokens * (c.feedback == "teacher"),
-        tokens_trained=tokens * updates, memory_mb=peak / 2**20,
+        tokens_trained=tokens * updates, memory_mb=peak / 2**20, extrapolated=None,
+        **{f"flop_{part}": flop for part, flop in step_flops(c, world, rollout).items()},
     )  # fmt: skip
 
 
@@ -1885,6 +2078,39 @@ def write_atomically(path: Path, text: str) -> None:
     os.replace(part, path)
 
 
+def weights_of(model: Module) -> dict[str, Tensor]:
+    """A copy of the weights that learn, by name."""
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def candidate_score(config: Config, world: World, costs: dict[str, Any]) -> Callable:
+    """EffOPD's validation: model -> accuracy, or minus the KL to the teacher on its first tokens.
+
+    On validation prompts, with the same noise for every candidate.  costs: the step's row, to
+    which tokens and FLOPs are added.
+    """
+    by_kl = config.extrapolate == "kl"
+    prompts = world.task.prompts(config.extrapolate_prompts, "validation", seed="extrapolate")
+    length = min(EXTRAPOLATE_TOKENS, config.max_tokens) if by_kl else config.max_tokens
+    noise = torch.rand(len(prompts.text), length, generator=keyed_generator("extrapolate"))
+
+    def score_of(model: Module) -> float:
+        with torch.no_grad(), world.precision():
+            rollout = sample(model, prompts, horizon=length, noise=noise, **world.law)
+            tokens, flop = int(rollout.mask.sum()), step_flops(config, world, rollout)
+            costs["tokens_sampled"] += tokens
+            costs["flop_sample"] += flop["sample"]
+            if not by_kl:
+                return float(world.task.verify(prompts, rollout).float().mean())
+            costs["tokens_scored"] += tokens
+            costs["flop_score"] += flop["score"] + flop["update"] / 3  # the student is scored too
+            law = dict(vocab_size=world.law["vocab_size"])
+            logp, logq = (score(each, rollout, **law) for each in (model, world.teacher))
+            return -float(masked_mean(reverse_kl(logp, logq), rollout.mask))
+
+    return score_of
+
+
 def save_checkpoint(run: Run, world: World, optimizer: AdamW) -> None:
     """checkpoint/last.safetensors: weights and Adam's moments; the result so far as metadata.
 
@@ -1893,6 +2119,8 @@ def save_checkpoint(run: Run, world: World, optimizer: AdamW) -> None:
     file, tensors = run.dir / CHECKPOINT, {}
     for name, parameter in world.trained().named_parameters():
         own = dict(weight=parameter.detach(), **optimizer.state[parameter])  # step, exp_avg, ...
+        if run.config.extrapolate != "none" and name.startswith("student."):
+            own["base"] = run.base[name.removeprefix("student.")]
         tensors |= {f"{kind}.{name}": value for kind, value in own.items()}
     save_file(tensors, f"{file}.part", metadata={"state": json.dumps(run.result)})
     os.replace(f"{file}.part", file)
@@ -1908,8 +2136,11 @@ def load_checkpoint(run: Run, world: World, optimizer: AdamW) -> None:
             for key in saved.keys():
                 kind, name = key.split(".", 1)
                 optimizer.state[trained.get_parameter(name)][kind] = saved.get_tensor(key)
-    for parameter, own in optimizer.state.items():
+    for name, parameter in trained.named_parameters():
+        own = optimizer.state[parameter]
         parameter.copy_(own.pop("weight"))
+        if "base" in own:
+            run.base[name.removeprefix("student.")] = own.pop("base").to(parameter.device)
     optimizer.load_state_dict(optimizer.state_dict())  # the moments go to their weights' device
 
 
@@ -1967,7 +2198,8 @@ def train(config: Config, resume: str | Path | None = None) -> Run:
     optimizer = make_optimizer(config, world)
     start = dict(seed=config.seed, method=config.method, steps=0, seconds=0.0, stopped=None)
     start["tokens"] = dict(sampled=0, scored=0, trained=0)
-    run = Run(folder, config, start, world.student)
+    start["flop"] = dict(sample=0.0, score=0.0, update=0.0)
+    run = Run(folder, config, start, world.student, weights_of(world.student))
     try:
         if (folder / CHECKPOINT).exists():
             load_checkpoint(run, world, optimizer)
@@ -2000,14 +2232,21 @@ def training_loop(run: Run, world: World, optimizer: AdamW) -> None:
             start = time.perf_counter()
             row = train_step(config, world, optimizer, result["steps"], history)
             step, last = row["step"], row["step"] == config.steps
+            if config.extrapolate != "none" and step & (step - 1) == 0:  # 1, 2, 4, 8, ...
+                validate_by = candidate_score(config, world, row)
+                k = extrapolate(run.model, run.base, validate_by, accept=config.accept)
+                row["extrapolated"], run.base = k, weights_of(run.model)
             due = config.eval_every and (step % config.eval_every == 0 or last)
             accuracy = validate(config, world, step, run.dir / "samples.txt") if due else None
             if accuracy is not None and accuracy >= (config.stop_accuracy or math.inf):
                 result["stopped"] = f"validation accuracy {accuracy:.3f}"
+            if config.stop_kl and row["kl"] < config.stop_kl:
+                result["stopped"] = f"KL {row['kl']:.4f} nats a token"
             row |= dict(accuracy=accuracy, step_s=time.perf_counter() - start)
-            tokens = {kind: n + row[f"tokens_{kind}"] for kind, n in result["tokens"].items()}
-            row |= {f"tokens_{kind}": n for kind, n in tokens.items()}  # since the start
-            result |= dict(steps=step, seconds=result["seconds"] + row["step_s"], tokens=tokens)
+            for group in ("tokens", "flop"):  # from here on: since the start
+                result[group] = {k: n + row[f"{group}_{k}"] for k, n in result[group].items()}
+                row |= {f"{group}_{kind}": n for kind, n in result[group].items()}
+            result |= dict(steps=step, seconds=result["seconds"] + row["step_s"])
             history.append(row)
             print(json.dumps(row), file=log, flush=True)
             bar.update()
