@@ -91,11 +91,7 @@ def rows_of(run: opd.Run) -> list[dict]:
     return opd.read_rows(Path(run.dir) / "metrics.jsonl", run.result["steps"])
 
 
-def mean_by_position(values: Tensor, mask: Tensor) -> Tensor:
-    """(B, T) -> (T,): the mean over the rows still writing; nan where there is none."""
-    alive = mask.sum(0)
-    total = torch.where(mask, values, 0.0).sum(0)
-    return torch.where(alive > 0, total / alive.clamp(min=1), torch.nan)
+mean_by_position = opd.kl_by_position
 
 
 class Onlooker:
@@ -320,12 +316,13 @@ def load_spec(path: str | Path) -> dict[str, Any]:
     """A comparison: {"about", "base": fields, "variants": name -> fields, "lr": grid}, all needed.
 
     A variant may carry its own "lr" grid.  "choose": "kl" takes the learning rate with the lowest
-    KL to the teacher instead of the best accuracy.  InputError names what is missing or wrong.
+    KL to the teacher instead of the best accuracy; "noise": true measures gradients.  InputError
+    names what is missing or wrong.
     """
     try:
         given = json.loads(Path(path).read_text())
         spec = {key: given[key] for key in ("about", "base", "variants", "lr")}
-        spec["choose"] = given.get("choose", "accuracy")
+        spec |= dict(choose=given.get("choose", "accuracy"), noise=given.get("noise", False))
     except (OSError, ValueError) as error:
         raise opd.InputError(f"spec = {str(path)!r}: not a readable JSON file ({error})") from None
     except (KeyError, TypeError) as error:
@@ -348,27 +345,35 @@ def fields_of(spec: dict[str, Any], name: str, lr: float, seed: int) -> dict[str
     return {**spec["base"], **spec["variants"][name], "lr": lr, "seed": seed}
 
 
-def run_one(fields: dict[str, Any]) -> dict[str, Any]:
-    """One run: its fields, test accuracy, costs, and [step, tokens sampled, seconds, validation].
+def gigaflop(row: dict[str, Any]) -> float:
+    """All floating point operations up to this row of metrics.jsonl, in 1e9."""
+    return (row["flop_sample"] + row["flop_score"] + row["flop_update"]) / 1e9
 
-    Seconds are those of the steps, without validation.  metrics: means over the last five steps,
-    and noise, of one batch's gradient at the start, over the norm of the mean (8 batches).
+
+def run_one(fields: dict[str, Any], noise: bool = False) -> dict[str, Any]:
+    """One run: its fields, test accuracy, costs, and a curve.
+
+    A row of the curve: step, tokens sampled, seconds of the steps without validation, validation
+    accuracy, GFLOP.  metrics: means over the last five steps, GFLOP in all, and if asked for the
+    noise of one batch's gradient at the start, over the norm of the mean (8 batches).
     """
     torch.set_num_threads(1)
-    signal, noise = gradient_noise(opd.Config.load(**fields), batches=8)
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         run = opd.train(opd.Config.load(**fields, runs=folder))
         rows = rows_of(run)
     spent = itertools.accumulate(r["sample_s"] + r["score_s"] + r["update_s"] for r in rows)
     curve = [
-        [r["step"], r["tokens_sampled"], round(s, 2), r["accuracy"]]
+        [r["step"], r["tokens_sampled"], round(s, 2), r["accuracy"], round(gigaflop(r), 2)]
         for r, s in zip(rows, spent, strict=True) if r["accuracy"] is not None
     ]  # fmt: skip
     before, after = run.result["student_before"], run.result["student_after"]
     at_end = dict(accuracy=after["accuracy"], greedy=after["greedy"], before=before["accuracy"])
     seen = [key for key in MEASURED if rows[-1][key] is not None]
     metrics = {key: round(mean(r[key] for r in rows[-5:]), 5) for key in seen}
-    metrics["noise"] = round(noise / signal, 3)
+    metrics["GFLOP"] = round(gigaflop(rows[-1]), 2)
+    if noise:
+        signal, spread = gradient_noise(opd.Config.load(**fields), batches=8)
+        metrics["noise"] = round(spread / signal, 3)
     return dict(fields=fields, **at_end, tokens=run.result["tokens"], curve=curve, metrics=metrics)
 
 
@@ -395,10 +400,12 @@ def compare(path: str | Path, seeds: int = 5, workers: int = 2) -> dict[str, dic
         ordered = sorted(json.dumps(each, sort_keys=True) for each in done)
         opd.write_atomically(file, "[\n" + ",\n".join(ordered) + "\n]\n")
 
+    measure = partial(run_one, noise=True) if spec["noise"] else run_one
+
     def run(name_lr_seed: list[tuple]) -> None:
         missing = [f for f in (fields_of(spec, *each) for each in name_lr_seed) if not found(f)]
         with tqdm(total=len(missing), desc=file.stem, disable=None) as bar:
-            for result in in_processes(run_one, missing, workers):
+            for result in in_processes(measure, missing, workers):
                 keep(result)
                 bar.update()
 
@@ -474,12 +481,22 @@ def markdown_table(summary: dict[str, dict[str, Any]]) -> str:
 
 
 def plot_comparison(summary: dict[str, dict[str, Any]], title: str) -> plt.Figure:
-    """Validation accuracy against steps, tokens sampled, seconds: mean and range over seeds."""
-    figure, axes = plt.subplots(1, 3, figsize=(10, 3), sharey=True)
-    labels = {"step": 1, "response tokens sampled, thousands": 1000, "seconds of training": 1}
-    for column, (axis, (label, unit)) in enumerate(zip(axes, labels.items(), strict=True)):
+    """Validation accuracy against steps and costs: mean and range over seeds.
+
+    A run that stopped early keeps its last point.
+    """
+    labels = {"step": (0, 1), "response tokens sampled, thousands": (1, 1000)}
+    labels |= {"seconds of training": (2, 1), "GFLOP": (4, 1)}
+    width = min(len(r["curve"][0]) for s in summary.values() for r in s["runs"])
+    labels = {label: at for label, at in labels.items() if at[0] < width}
+    figure, axes = plt.subplots(1, len(labels), figsize=(3.3 * len(labels), 3), sharey=True)
+    for axis, (label, (column, unit)) in zip(axes, labels.items(), strict=True):
         for name, s in summary.items():
-            curves = torch.tensor([r["curve"] for r in s["runs"]])  # (seeds, points, 4)
+            longest = max(len(r["curve"]) for r in s["runs"])
+            curves = [
+                r["curve"] + [r["curve"][-1]] * (longest - len(r["curve"])) for r in s["runs"]
+            ]
+            curves = torch.tensor(curves)  # (seeds, points, columns)
             x, y = curves[..., column].mean(0) / unit, curves[..., 3]
             (line,) = axis.plot(x, y.mean(0), label=name)
             axis.fill_between(x, y.amin(0), y.amax(0), color=line.get_color(), alpha=0.15, lw=0)
@@ -488,6 +505,24 @@ def plot_comparison(summary: dict[str, dict[str, Any]], title: str) -> plt.Figur
     axes[0].legend(fontsize=7)
     figure.suptitle(title)
     return figure
+
+
+def cost_to(summary: dict[str, dict[str, Any]], accuracy: float) -> str:
+    """A table: steps, tokens, GFLOP at which validation first reaches an accuracy; mean over seeds.
+
+    A seed that never does counts as never for its variant; EffOPD's validations count as cost.
+    """
+    lines = [f"| to {accuracy:g} | steps | tokens sampled | GFLOP |", "|---|---|---|---|"]
+    for name, s in summary.items():
+        first = [next((c for c in r["curve"] if c[3] >= accuracy), None) for r in s["runs"]]
+        if None in first:
+            reached = sum(f is not None for f in first)
+            lines.append(f"| {name} | never ({reached} of {len(first)} seeds do) | | |")
+            continue
+        step, tokens, flop = (interval([f[i] for f in first]) for i in (0, 1, 4))
+        cells = f"{step[0]:.1f} ± {step[1]:.1f} | {tokens[0]:,.0f} | {flop[0]:.1f} ± {flop[1]:.1f}"
+        lines.append(f"| {name} | {cells} |")
+    return "\n".join(lines)
 
 
 def main() -> int:
