@@ -316,13 +316,13 @@ def load_spec(path: str | Path) -> dict[str, Any]:
     """A comparison: {"about", "base": fields, "variants": name -> fields, "lr": grid}, all needed.
 
     A variant may carry its own "lr" grid.  "choose": "kl" takes the learning rate with the lowest
-    KL to the teacher instead of the best accuracy; "noise": true measures gradients.  InputError
-    names what is missing or wrong.
+    KL to the teacher instead of the best accuracy; "measure": "noise" or "foresight", see run_one.
+    InputError names what is missing or wrong.
     """
     try:
         given = json.loads(Path(path).read_text())
         spec = {key: given[key] for key in ("about", "base", "variants", "lr")}
-        spec |= dict(choose=given.get("choose", "accuracy"), noise=given.get("noise", False))
+        spec |= dict(choose=given.get("choose", "accuracy"), measure=given.get("measure"))
     except (OSError, ValueError) as error:
         raise opd.InputError(f"spec = {str(path)!r}: not a readable JSON file ({error})") from None
     except (KeyError, TypeError) as error:
@@ -350,12 +350,42 @@ def gigaflop(row: dict[str, Any]) -> float:
     return (row["flop_sample"] + row["flop_score"] + row["flop_update"]) / 1e9
 
 
-def run_one(fields: dict[str, Any], noise: bool = False) -> dict[str, Any]:
+def foresight(fields: dict[str, Any], run: opd.Run) -> dict[str, float]:
+    """What the run's first tenth already shows of its end.
+
+    rank and norm of the final update (means over attention and MLP matrices), the tenth's norm,
+    alignment of the two (first 5 directions), and `recovered`: the share of the gain in accuracy
+    that the tenth's direction has, scaled to the final norm matrix by matrix.
+    """
+    tenth = dict(fields, steps=max(1, fields["steps"] // 10), eval_every=0, eval_prompts=1)
+    with tempfile.TemporaryDirectory() as folder:
+        early = opd.train(opd.Config.load(**tenth, runs=folder)).model
+    world = opd.load_world(opd.Config.load(**fields))
+    base, alignments = opd.weights_of(world.student), []
+    shapes = [opd.update_geometry(base, model) for model in (run.model, early)]
+    ends = dict(run.model.named_parameters()), dict(early.named_parameters())
+    with torch.no_grad():
+        for name, p in world.student.named_parameters():
+            final, first = (end[name] - base[name] for end in ends)
+            if opd.attention_and_mlp(name):
+                alignments.append(opd.subspace_alignment(first, final, 5))
+                first = opd.norm_scaled(first, final, 1.0)
+            p += first
+    prompts = world.task.prompts(512, "test")
+    scaled = opd.evaluate(world.student, world.task, prompts, **world.law)["accuracy"]
+    before, after = (run.result[f"student_{when}"]["accuracy"] for when in ("before", "after"))
+    return dict(
+        rank=shapes[0]["effective_rank"], norm=shapes[0]["norm"], early_norm=shapes[1]["norm"],
+        alignment=mean(alignments), recovered=(scaled - before) / (after - before),
+    )  # fmt: skip
+
+
+def run_one(fields: dict[str, Any], extra: str | None = None) -> dict[str, Any]:
     """One run: its fields, test accuracy, costs, and a curve.
 
     A row of the curve: step, tokens sampled, seconds of the steps without validation, validation
-    accuracy, GFLOP.  metrics: means over the last five steps, GFLOP in all, and if asked for the
-    noise of one batch's gradient at the start, over the norm of the mean (8 batches).
+    accuracy, GFLOP.  metrics: means over the last five steps, GFLOP in all, and what `extra` adds:
+    noise, of one batch's gradient at the start over the norm of the mean (8 batches), or foresight.
     """
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
@@ -371,7 +401,9 @@ def run_one(fields: dict[str, Any], noise: bool = False) -> dict[str, Any]:
     seen = [key for key in MEASURED if rows[-1][key] is not None]
     metrics = {key: round(mean(r[key] for r in rows[-5:]), 5) for key in seen}
     metrics["GFLOP"] = round(gigaflop(rows[-1]), 2)
-    if noise:
+    if extra == "foresight":
+        metrics |= {k: round(v, 4) for k, v in foresight(fields, run).items()}
+    if extra == "noise":
         signal, spread = gradient_noise(opd.Config.load(**fields), batches=8)
         metrics["noise"] = round(spread / signal, 3)
     return dict(fields=fields, **at_end, tokens=run.result["tokens"], curve=curve, metrics=metrics)
@@ -400,12 +432,13 @@ def compare(path: str | Path, seeds: int = 5, workers: int = 2) -> dict[str, dic
         ordered = sorted(json.dumps(each, sort_keys=True) for each in done)
         opd.write_atomically(file, "[\n" + ",\n".join(ordered) + "\n]\n")
 
-    measure = partial(run_one, noise=True) if spec["noise"] else run_one
-
     def run(name_lr_seed: list[tuple]) -> None:
         missing = [f for f in (fields_of(spec, *each) for each in name_lr_seed) if not found(f)]
+        if not missing:
+            return
+        job = partial(run_one, extra=spec["measure"])
         with tqdm(total=len(missing), desc=file.stem, disable=None) as bar:
-            for result in in_processes(measure, missing, workers):
+            for result in in_processes(job, missing, workers):
                 keep(result)
                 bar.update()
 

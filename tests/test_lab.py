@@ -27,11 +27,11 @@ def test_compare_tunes_on_other_seeds_keeps_results_and_continues(run_dir, monke
     monkeypatch.setattr(opd, "VALIDATION_PROMPTS", 16)
     path, calls, real = write(run_dir / "spec.json"), [], lab.run_one
 
-    def counted(fields):
+    def counted(fields, extra=None):
         calls.append(fields)
         if len(calls) == 4:
             raise KeyboardInterrupt  # the comparison is cut off
-        return real(fields)
+        return real(fields, extra)
 
     monkeypatch.setattr(lab, "run_one", counted)
     with pytest.raises(KeyboardInterrupt):
@@ -58,7 +58,7 @@ def test_a_changed_spec_runs_again(run_dir, monkeypatch):
     path = write(run_dir / "spec.json")
     fake = dict(accuracy=0.5, before=0.1, tokens=dict(sampled=1), curve=[[1, 1, 1.0, 0.5]])
     calls = []
-    monkeypatch.setattr(lab, "run_one", lambda f: calls.append(f) or dict(fields=f, **fake))
+    monkeypatch.setattr(lab, "run_one", lambda f, extra: calls.append(f) or dict(fields=f, **fake))
     lab.compare(path, seeds=1, workers=1)
     first = len(calls)
     write(path, base={**SPEC["base"], "steps": 3})
@@ -78,6 +78,51 @@ def test_a_bad_spec_is_one_line_before_anything_runs(changes, message, run_dir):
     for name, expected in (("half.json", "needs about, base"), ("none.json", "not a readable")):
         with pytest.raises(opd.InputError, match=expected):
             lab.load_spec(run_dir / name)
+
+
+def test_gradient_noise_takes_no_step_and_is_less_for_the_whole_vocabulary():
+    fields = dict(SPEC["base"], batch_size=8, student="tiny_configs/models/student_novice")
+    noise = {}
+    for method in ("opd", "opd_full"):
+        signal, spread = lab.gradient_noise(opd.Config.load(method=method, **fields), batches=4)
+        noise[method] = spread / signal
+    assert noise["opd_full"] < noise["opd"]
+    once, again = (lab.gradient_noise(opd.Config.load(**fields), batches=2) for _ in range(2))
+    assert once == again
+
+
+def test_foresight_of_a_run_of_one_step_is_the_run_itself(monkeypatch):
+    fields = dict(SPEC["base"], steps=1, lr=1e-2, decay=0.0, batch_size=32, eval_prompts=512)
+    found = lab.run_one(fields, "foresight")["metrics"]
+    assert found["alignment"] == pytest.approx(1, abs=1e-3)
+    assert found["early_norm"] == found["norm"] > 0
+    assert found["recovered"] == pytest.approx(1, abs=0.02)
+
+
+def test_cost_to_an_accuracy_reads_the_first_time_it_is_reached():
+    def runs(*accuracies):
+        return dict(runs=[dict(curve=[[i, 10 * i, 0, a, i] for i, a in enumerate(accuracies)])] * 2)
+
+    table = lab.cost_to({"A": runs(0.1, 0.6, 0.5), "B": runs(0.1, 0.2, 0.3)}, 0.5)
+    assert "| A | 1.0 ± 0.0 | 10 | 1.0 ± 0.0 |" in table
+    assert "| B | never (0 of 2 seeds do) | | |" in table
+
+
+def test_tree_is_exact():
+    tree = lab.Tree(size=3, length=3, seed=2)
+    assert tree.weights().sum().item() == pytest.approx(1, abs=1e-12)
+    logp, logq = tree.laws()
+    chain_rule = (tree.weights()[:, None] * opd.reverse_kl(logp, logq)).sum()
+    assert tree.sequence_kl().item() == pytest.approx(chain_rule.item(), abs=1e-12)
+    credit = {gamma: opd.discounted_return(tree.reward(), tree.mask, gamma) for gamma in (0.0, 1.0)}
+    for gamma, bias in ((1.0, "bias"), (0.0, "frozen_bias")):
+        loss = lambda lp, lq, a, c=credit[gamma]: opd.policy_gradient_loss(  # noqa: E731
+            opd.of_tokens(lp, a), c, tree.mask
+        )
+        found = tree.study(loss)
+        assert found[bias] < 1e-12 < found["variance"]
+    exact = (tree.weights()[:, None] * credit[1.0]).sum(0)[0].item()
+    assert (tree.weights() * tree.value(1.0)[:, 0]).sum().item() == pytest.approx(exact, abs=1e-12)
 
 
 def test_interval_is_students_t():
