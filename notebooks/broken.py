@@ -74,7 +74,7 @@ def mean_over_vocabulary(logp: Tensor, logq: Tensor) -> Tensor:
     return (logp.exp() * (logp - logq)).mean(-1)
 
 
-# --- supports and credit ---------------------------------------------------------------------------
+# --- supports and credit --------------------------------------------------------------------------
 
 
 def plainly_truncated_reverse_kl(logp: Tensor, logq: Tensor, ids: Tensor) -> Tensor:

@@ -26,8 +26,11 @@ def random_llama(V, size, seed, positions):
     return LlamaForCausalLM(config).eval()
 
 
-def opd_step(V, B, P, T, student, teacher):
-    """A function step(i) -> metrics: train_step on random prompts, exactly T tokens a response."""
+def opd_step(V, B, P, T, student, teacher, **fields):
+    """A function step(i) -> metrics: train_step on random prompts, exactly T tokens a response.
+
+    fields: of the Config, e.g. method="cr_opd".
+    """
     student = random_llama(V, student, 1, P + T)
     teacher = random_llama(V, teacher, 2, P + T).requires_grad_(False)
 
@@ -40,8 +43,11 @@ def opd_step(V, B, P, T, student, teacher):
 
     task = SimpleNamespace(prompts=prompts, max_tokens=T, verify=verify)
     world = opd.World(student, teacher, None, task, dict(eos_ids=[], vocab_size=V), None)
-    config = opd.Config(batch_size=B, max_tokens=T, lr=1e-4, warmup=0, decay=0.0, beta2=0.999)
-    optimizer = torch.optim.AdamW(student.parameters(), lr=1e-4)
+    usual = dict(batch_size=B, max_tokens=T, lr=1e-4, warmup=0, decay=0.0, beta2=0.999)
+    config = opd.Config(**usual, **fields)
+    if config.baseline == "value":
+        world.critic = torch.nn.Linear(student.config.hidden_size, 1)
+    optimizer = opd.make_optimizer(config, world)
 
     def step(i):
         start = time.perf_counter()
