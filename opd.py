@@ -1843,11 +1843,8 @@ def token_loss(
         reach = dict(rho=c.rho, top_k=c.top_k, min_prob=c.min_prob)
         loss = cr_opd_loss(logp, logq, action, advantage=advantage, **reach)
     else:
-        behaviour, valid = (
-            now["before"] if c.importance_ratio else None,
-            torch.ones_like(action) > 0,
-        )
-        loss = policy_gradient_loss(logp_a, advantage, valid, behaviour, c.clip)
+        behaviour, everywhere = now["before"] if c.importance_ratio else None, action >= 0
+        loss = policy_gradient_loss(logp_a, advantage, everywhere, behaviour, c.clip)
     if c.negative == "local_kl" or c.entropy_threshold is not None:
         teachers = top_k_support(logp, logq, c.top_k, "teacher")
         local = truncated_forward_kl(logp, logq, teachers, "bucket")
@@ -2362,7 +2359,7 @@ def run_command(argv: list[str]) -> None:
     resume = fields.pop("resume", None)
     if words == ["methods"]:
         for method, sets in METHODS.items():
-            print(f"{method:<10}", ", ".join(f"{field}={value}" for field, value in sets.items()))
+            print(f"{method:<16}", ", ".join(f"{field}={value}" for field, value in sets.items()))
     elif len(words) == 2 and words[0] == "report":
         report(words[1])
         print(f"{words[1]}/report.md")

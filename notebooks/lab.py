@@ -31,14 +31,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import opd  # noqa: E402
 
 BLUE, ORANGE, GREEN, PINK, GREY = "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#7F7F7F"
+SKY, RED = "#56B4E9", "#D55E00"
 
 
 def style() -> None:
     """Small figures, the colours above, everything inside the frame."""
     plt.rcParams.update({
         "figure.figsize": (6.4, 2.9), "figure.dpi": 90, "figure.constrained_layout.use": True,
-        "axes.prop_cycle": plt.cycler(color=[BLUE, ORANGE, GREEN, PINK, GREY],
-                                      linestyle=["-", "--", "-.", ":", "-"]),
+        "axes.prop_cycle": plt.cycler(
+            color=[BLUE, ORANGE, GREEN, PINK, GREY, SKY, RED, "k", BLUE, ORANGE],
+            linestyle=["-", "--", "-.", ":", "-", "--", "-.", ":", "-.", ":"]),
         "axes.spines.top": False, "axes.spines.right": False, "font.size": 9,
         "legend.frameon": False,
     })  # fmt: skip
@@ -522,7 +524,7 @@ def plot_comparison(summary: dict[str, dict[str, Any]], title: str) -> plt.Figur
     labels |= {"seconds of training": (2, 1), "GFLOP": (4, 1)}
     width = min(len(r["curve"][0]) for s in summary.values() for r in s["runs"])
     labels = {label: at for label, at in labels.items() if at[0] < width}
-    figure, axes = plt.subplots(1, len(labels), figsize=(3.3 * len(labels), 3), sharey=True)
+    figure, axes = plt.subplots(1, len(labels), figsize=(3 * len(labels) + 1.5, 3), sharey=True)
     for axis, (label, (column, unit)) in zip(axes, labels.items(), strict=True):
         for name, s in summary.items():
             longest = max(len(r["curve"]) for r in s["runs"])
@@ -535,7 +537,7 @@ def plot_comparison(summary: dict[str, dict[str, Any]], title: str) -> plt.Figur
             axis.fill_between(x, y.amin(0), y.amax(0), color=line.get_color(), alpha=0.15, lw=0)
         axis.set(xlabel=label)
     axes[0].set(ylabel="validation accuracy")
-    axes[0].legend(fontsize=7)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", fontsize=7)
     figure.suptitle(title)
     return figure
 
