@@ -118,6 +118,23 @@ BAD = [
     (["--states", "teacher", "--importance_cap", "2"], 'needs states = "student"'),
     (["--method", "reinforce", "--samples_per_prompt", "1"], "samples_per_prompt"),
     (["--method", "reinforce", "--batch_size", "10"], "must divide batch_size 10"),
+    (["--schedule", "stairs"], "schedule = 'stairs': input should be 'fixed', 'staircase', "),
+    (["--schedule", "adaptive", "--method", "sft"], "schedule = 'adaptive': needs feedback"),
+    (["--schedule", "adaptive", "--method", "reinforce"], 'needs feedback = "teacher" or "law"'),
+    (["--method", "topd+popd"], "popd sets ['schedule'], which is already set"),
+    (["--horizon_start", "0"], "horizon_start = 0: input should be greater than or equal to 1"),
+    (["--growth", "0"], "growth = 0: input should be greater than 0"),
+    (["--growth", "1.1"], "growth = 1.1: input should be less than or equal to 1"),
+    (["--horizon_kl", "0"], "horizon_kl = 0: input should be greater than 0"),
+    (["--extrapolate", "loss"], "extrapolate = 'loss': input should be 'none', 'accuracy' or 'kl'"),
+    (
+        ["--extrapolate", "kl", "--method", "sft"],
+        "extrapolate = 'kl': needs feedback = \"teacher\"",
+    ),
+    (["--method", "effopd", "--accept", "="], "accept = '=': input should be '>=' or '>'"),
+    (["--method", "effopd", "--extrapolate_prompts", "0"], "extrapolate_prompts = 0"),
+    (["--stop_kl", "0"], "stop_kl = 0: input should be greater than 0"),
+    (["--stop_kl", "0.1", "--method", "sft"], "stop_kl = 0.1: needs feedback"),
     (["--feedback", "verifier"], 'needs route = "policy_gradient"'),
     (["--micro_batch", "65"], "micro_batch = 65: must be at most batch_size = 64"),
     (["--teacher", "none"], "teacher = null"),
@@ -231,6 +248,10 @@ ALIVE = {
     "temperature": (1.3, {}),
     "top_p": (0.5, {}),
     "horizon": (4, {}),
+    "schedule": ("linear", {}),
+    "horizon_start": (3, dict(schedule="linear")),
+    "growth": (1.0, dict(schedule="linear")),
+    "horizon_kl": (100.0, dict(schedule="adaptive", horizon_start=2, steps=4)),
     "max_tokens": (5, {}),
     "feedback": ("imitation", {}),
     "route": ("policy_gradient", {}),
@@ -279,6 +300,12 @@ ELSEWHERE = {  # no effect on the loss by intention; each has its own test
     "eval_every": "test_training.test_files_of_a_run",
     "eval_prompts": "test_training.test_files_of_a_run",
     "stop_accuracy": "test_training.test_stop_accuracy",
+    "stop_kl": "test_extrapolation.test_stop_kl_stops_the_run",
+    "extrapolate": "test_extrapolation.test_it_triggers_at_powers_of_two",
+    "accept": "test_extrapolation.test_the_size_of_the_validation_and_the_rule_reach_the_trigger",
+    "extrapolate_prompts": (
+        "test_extrapolation.test_the_size_of_the_validation_and_the_rule_reach_the_trigger"
+    ),
     "checkpoint_every": "test_training.test_resume_after_sigkill",
     "save_dtype": "test_training.test_saved_model_loads_in_its_dtype",
     "device": "test_a_gpu_that_is_not_there",
@@ -293,7 +320,9 @@ def fingerprint(**fields):
     world = opd.load_world(config)
     config = opd.Config(**{**config.model_dump(), "max_tokens": world.task.max_tokens})
     optimizer = opd.make_optimizer(config, world)
-    rows = [opd.train_step(config, world, optimizer, step, []) for step in range(config.steps)]
+    rows = []
+    for step in range(config.steps):
+        rows.append(opd.train_step(config, world, optimizer, step, rows))
     seen = [[r["loss"], r["tokens_trained"], r["lr"]] for r in rows]
     weights = sum(p.double().abs().sum().item() for p in world.student.parameters())
     return seen, weights
