@@ -1308,8 +1308,8 @@ def entropy_gate(logq: Tensor, threshold: float) -> Tensor:
 def truncated_importance_weights(logp_a: Tensor, engine_logp: Tensor, cap: float) -> Tensor:
     """min(p(a) / p_engine(a), cap), detached: the trainer's law over the sampling engine's, (B, T).
 
-    Corrects text that another engine, or a nucleus, drew.  cap > 0: 5 in EffOPD [paper 2605.11739],
-    3 in TRL [code].
+    Corrects, up to the cap, text that an engine with slightly other log-probs drew; it cannot bring
+    back what a nucleus cut off.  cap > 0: 5 in EffOPD [paper 2605.11739], 3 in TRL [code].
     """
     return (logp_a - engine_logp).exp().clamp(max=cap).detach()
 
@@ -1368,7 +1368,7 @@ def horizon_at(step: int, config: Config, history: list[dict] | None = None) -> 
 
         fixed        at once (TOPD: a tenth of max_tokens)  [secondary: 2605.31490, abstract]
         linear       H_0 + (H - H_0) min(1, k / K), K = growth * steps  [secondary: 2602.15260]
-        staircase    the same in 4 equal stairs  [secondary: 2605.31490; reconstruction: 4]
+        staircase    the same in 4 equal rises  [secondary: 2605.31490; reconstruction: 4]
         adaptive     half as much again after 3 steps whose KL was below horizon_kl nats a token
                      [reconstruction]
 
@@ -1378,7 +1378,8 @@ def horizon_at(step: int, config: Config, history: list[dict] | None = None) -> 
     end = config.max_tokens if config.horizon is None else config.horizon
     end = round(end * config.max_tokens) if isinstance(end, float) else end
     end = max(1, min(end, config.max_tokens))
-    start, done = min(config.horizon_start, end), step / max(1.0, config.growth * config.steps)
+    whole = round(config.growth * config.steps, 9)  # 0.55 * 100 is a little more than 55
+    start, done = min(config.horizon_start, end), step / max(1.0, whole)
     if config.schedule == "fixed":
         return end
     if config.schedule == "adaptive":
@@ -1405,22 +1406,38 @@ def forward_flops(model: Module, positions: float, pairs: float, read: float) ->
     return 2.0 * layers * positions + attention * pairs + 2.0 * head * read
 
 
-def step_flops(config: Config, world: "World", rollout: Rollout) -> dict[str, float]:
-    """FLOPs of a step by part: sample (prompts once, then from the cache), score, update."""
+def reading_flops(model: Module, rollout: Rollout, heads: int = 1) -> float:
+    """FLOPs of one forward pass over a rollout; logits, at its response tokens, `heads` times."""
     (B, P), T = rollout.prompt_ids.shape, rollout.tokens.shape[1]
-    n = rollout.mask.sum(1).double()  # (B,) response tokens
-    length, tokens = P + T - 1, float(n.sum())
-    cached = float(((n - 1) * P + n * (n - 1) / 2).sum())
-    drawn = tokens if rollout.logprobs.isfinite().any() else 0.0  # text that nobody sampled is free
-    full = dict(positions=B * length, pairs=B * length**2, read=tokens)
-    frozen = (world.teacher if config.feedback == "teacher" else None, world.reference)
-    passes = 3 * config.updates_per_rollout + looks_ahead(config)
-    writer = world.teacher if config.states == "teacher" else world.student
-    sampling = forward_flops(writer, B * P + tokens - B, B * P * P + cached, tokens)
+    n, length = float(rollout.mask.sum()), P + T - 1
+    return forward_flops(model, B * length, B * length**2, heads * n)
+
+
+def writing_flops(
+    model: Module | None, rollout: Rollout, rows: Any = slice(None), first: int = 0,
+    last: int = MANY,
+) -> float:  # fmt: skip
+    """FLOPs of sampling tokens first .. last of some rows: what is there once, then the cache."""
+    n = (rollout.mask[rows].sum(1).clamp(max=last) - first).double()
+    n, P = n[n > 0], rollout.prompt_ids.shape[1] + first
+    B, tokens, cached = len(n), float(n.sum()), float(((n - 1) * P + n * (n - 1) / 2).sum())
+    return forward_flops(model, B * P + tokens - B, B * P * P + cached, tokens) if B else 0.0
+
+
+def step_flops(config: Config, world: "World", rollout: Rollout, step: int) -> dict[str, float]:
+    """FLOPs of a step by part: sample (text that nobody sampled is free), score, update."""
+    student, teacher, prefix = world.student, world.teacher, config.teacher_prefix
+    drawn = (rollout.mask & rollout.logprobs.isfinite()).any(1)  # (B,)
+    mine = student_rows(config, step).to(drawn.device) & drawn
+    frozen = (teacher if config.feedback == "teacher" else None, world.reference)
+    heads = config.updates_per_rollout + looks_ahead(config)  # a frozen body is read once
+    passes = heads + 2 * config.updates_per_rollout
     return dict(
-        sample=sampling * bool(drawn),
-        score=sum(forward_flops(model, **full) for model in frozen if model is not None),
-        update=passes * forward_flops(world.student, **full),
+        sample=writing_flops(teacher, rollout, mine, 0, prefix)
+        + writing_flops(student, rollout, mine, prefix)
+        + writing_flops(teacher, rollout, drawn & ~mine),
+        score=sum(reading_flops(model, rollout, heads) for model in frozen if model is not None),
+        update=passes * reading_flops(student, rollout),
     )
 
 
@@ -1667,6 +1684,18 @@ def step_prompts(config: Config, task: Task, step: int) -> Prompts:
     return take(prompts, rows.repeat_interleave(config.samples_per_prompt))
 
 
+def luck(config: Config, step: int) -> tuple[Tensor, Tensor]:
+    """A step's uniforms: noise (batch_size, max_tokens) of tokens, a coin (batch_size,) a row."""
+    g, B = keyed_generator(config.seed, "noise", step), config.batch_size
+    return torch.rand(B, config.max_tokens, generator=g), torch.rand(B, generator=g)
+
+
+def student_rows(config: Config, step: int) -> Tensor:
+    """Which rows of a step the student writes: (B,) bool."""
+    share = dict(student=1.0, mixed=config.student_share).get(config.states, 0.0)
+    return luck(config, step)[1] < share
+
+
 def make_states(config: Config, world: World, prompts: Prompts, step: int, horizon: int) -> Rollout:
     """The text a step learns from, by the student, the teacher, nobody (data), or mixed.
 
@@ -1675,9 +1704,7 @@ def make_states(config: Config, world: World, prompts: Prompts, step: int, horiz
     [secondary]; one for each row is ours, same expectation [reconstruction]).  teacher_prefix: the
     teacher writes the first tokens, the student goes on.
     """
-    g = keyed_generator(config.seed, "noise", step)
-    noise = torch.rand(config.batch_size, config.max_tokens, generator=g)
-    coin = torch.rand(config.batch_size, generator=g)
+    noise, _ = luck(config, step)
 
     def write(who: str, rows: Tensor) -> Rollout:
         some, prefix = take(prompts, rows), min(config.teacher_prefix, horizon)
@@ -1696,7 +1723,7 @@ def make_states(config: Config, world: World, prompts: Prompts, step: int, horiz
 
     if config.states != "mixed":
         return write(config.states, torch.arange(config.batch_size))
-    mine = coin < config.student_share
+    mine = student_rows(config, step)
     rows = {"student": mine.nonzero().squeeze(1), config.off_policy: (~mine).nonzero().squeeze(1)}
     parts = [write(who, those) for who, those in rows.items() if len(those)]
     return take(join(parts), torch.cat([*rows.values()]).argsort())
@@ -1977,7 +2004,7 @@ def step_metrics(
         tokens_sampled=int((rollout.mask & ~rollout.logprobs.isnan()).sum()),
         tokens_scored=tokens * (c.feedback == "teacher"),
         tokens_trained=tokens * updates, memory_mb=peak / 2**20, extrapolated=None,
-        **{f"flop_{part}": flop for part, flop in step_flops(c, world, rollout).items()},
+        **{f"flop_{part}": flop for part, flop in step_flops(c, world, rollout, step).items()},
     )  # fmt: skip
 
 
@@ -2094,15 +2121,15 @@ def candidate_score(config: Config, world: World, costs: dict[str, Any]) -> Call
     def score_of(model: Module) -> float:
         with torch.no_grad(), world.precision():
             rollout = sample(model, prompts, horizon=length, noise=noise, **world.law)
-            tokens, flop = int(rollout.mask.sum()), step_flops(config, world, rollout)
+            tokens = int(rollout.mask.sum())
             costs["tokens_sampled"] += tokens
-            costs["flop_sample"] += flop["sample"]
+            costs["flop_sample"] += writing_flops(model, rollout)
             if not by_kl:
                 return float(world.task.verify(prompts, rollout).float().mean())
             costs["tokens_scored"] += tokens
-            costs["flop_score"] += flop["score"] + flop["update"] / 3  # the student is scored too
-            law = dict(vocab_size=world.law["vocab_size"])
-            logp, logq = (score(each, rollout, **law) for each in (model, world.teacher))
+            law, both = dict(vocab_size=world.law["vocab_size"]), (model, world.teacher)
+            costs["flop_score"] += sum(reading_flops(each, rollout) for each in both)
+            logp, logq = (score(each, rollout, **law) for each in both)
             return -float(masked_mean(reverse_kl(logp, logq), rollout.mask))
 
     return score_of

@@ -32,7 +32,7 @@ def code_lines(path):
     return used - documented
 
 
-PROMISE = 1470  # lines of code in opd.py; the first plan said 1,200, of which mathematics 550
+PROMISE = 1490  # lines of code in opd.py; the first plan said 1,200, of which mathematics 550
 
 
 def test_size_promise():
