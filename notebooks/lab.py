@@ -451,8 +451,10 @@ def compare(path: str | Path, seeds: int = 5, workers: int = 2) -> dict[str, dic
         curves = [t["curve"] for t in tuning]
         return mean(c[-1][3] for c in curves), mean(row[3] for c in curves for row in c)
 
-    run([(n, lr, seed) for n in names for lr in grid_of(spec, n) for seed in TUNING_SEEDS])
-    best = {n: max(grid_of(spec, n), key=partial(quality, n)) for n in names}
+    grids = {n: grid_of(spec, n) for n in names}
+    choice = [(n, lr) for n, grid in grids.items() if len(grid) > 1 for lr in grid]
+    run([(n, lr, seed) for n, lr in choice for seed in TUNING_SEEDS])
+    best = {n: max(g, key=partial(quality, n)) if len(g) > 1 else g[0] for n, g in grids.items()}
     run([(n, best[n], seed) for n in names for seed in range(seeds)])
     runs = {n: [found(fields_of(spec, n, best[n], seed)) for seed in range(seeds)] for n in names}
     return {n: summary_of(runs[n], runs[names[0]], grid_of(spec, n)) for n in names}
