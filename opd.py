@@ -167,19 +167,24 @@ class Config(BaseModel):
     route: Literal["direct", "policy_gradient"] = opt("direct", "A: divergence, B: log-ratio")
     divergence: Literal["reverse_kl", "forward_kl", "jsd"] = opt("reverse_kl", "what descends")
     beta: float = opt(0.5, "jsd: the teacher's weight in the mixture", gt=0, lt=1)
-    # route A's support: the whole vocabulary, or the top_k of one or both
-    support: Literal["full", "student", "teacher", "union", "intersection"] = opt("full", "tokens")
+    support: Literal["full", "student", "teacher", "union", "intersection"] = opt(
+        "full", "route A compares the whole vocabulary, or the top_k of one or both"
+    )
     top_k: int = opt(16, "size of supports, candidate sets and overlaps", ge=1, le=MANY)
-    tail: Literal["stop_gradient", "generalised", "renormalise", "bucket"] = opt("bucket", "rest")
+    tail: Literal["stop_gradient", "generalised", "renormalise", "bucket"] = opt(
+        "bucket", "what becomes of the mass off the support"
+    )
     # route B's credit, and what negative feedback turns into
     gamma: float = opt(0.0, "discount: 0 immediate credit, 1 return-to-go", ge=0, le=1)
-    # leave_one_out: the prompt's other samples; kl: vOPD's closed form; value: a critic, GAE
-    baseline: Literal["none", "leave_one_out", "kl", "value"] = opt("none", "what is expected")
+    baseline: Literal["none", "leave_one_out", "kl", "value"] = opt(
+        "none", "the prompt's other samples, vOPD's closed form -KL, or a critic (GAE)"
+    )
     gae_lambda: float = opt(0.95, "value: 1 trusts returns, 0 the critic", ge=0, le=1)
     value_lr: float = opt(1e-2, "value: the critic's learning rate", gt=0, le=10)
     value_warmup: int = opt(5, "value: steps in which the critic only learns", ge=0)
-    # route: CR-OPD names who gets the mass; local_kl: AOPD's forward KL on the teacher's top_k
-    negative: Literal["suppress", "route", "local_kl"] = opt("suppress", "what A < 0 turns into")
+    negative: Literal["suppress", "route", "local_kl"] = opt(
+        "suppress", "A < 0: lower the token; say who gets its mass (CR-OPD); a local KL (AOPD)"
+    )
     rho: float = opt(1.0, "route: strength", ge=0, le=1)
     min_prob: float = opt(1e-4, "route: reachable means the student gives so much", ge=0, lt=1)
     importance_ratio: bool = opt(False, "route B: p / p_before in front of the advantage")
