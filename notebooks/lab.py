@@ -356,8 +356,8 @@ def foresight(fields: dict[str, Any], run: opd.Run) -> dict[str, float]:
     """What the run's first tenth already shows of its end.
 
     rank and norm of the final update (means over attention and MLP matrices), the tenth's norm,
-    alignment of the two (first 5 directions), and `recovered`: the share of the gain in accuracy
-    that the tenth's direction has, scaled to the final norm matrix by matrix.
+    alignment of the two (first 5 directions), and the share of the gain in accuracy that the tenth
+    has: `unscaled` as it is, `recovered` when scaled to the final norm matrix by matrix.
     """
     tenth = dict(fields, steps=max(1, fields["steps"] // 10), eval_every=0, eval_prompts=1)
     with tempfile.TemporaryDirectory() as folder:
@@ -374,11 +374,15 @@ def foresight(fields: dict[str, Any], run: opd.Run) -> dict[str, float]:
                 first = opd.norm_scaled(first, final, 1.0)
             p += first
     prompts = world.task.prompts(512, "test")
-    scaled = opd.evaluate(world.student, world.task, prompts, **world.law)["accuracy"]
+    shares = [
+        opd.evaluate(model, world.task, prompts, **world.law)["accuracy"]
+        for model in (early, world.student)
+    ]
     before, after = (run.result[f"student_{when}"]["accuracy"] for when in ("before", "after"))
     return dict(
         rank=shapes[0]["effective_rank"], norm=shapes[0]["norm"], early_norm=shapes[1]["norm"],
-        alignment=mean(alignments), recovered=(scaled - before) / (after - before),
+        alignment=mean(alignments), unscaled=(shares[0] - before) / (after - before),
+        recovered=(shares[1] - before) / (after - before),
     )  # fmt: skip
 
 
