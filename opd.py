@@ -2262,9 +2262,10 @@ def training_loop(run: Run, world: World, optimizer: AdamW) -> None:
             row = train_step(config, world, optimizer, result["steps"], history)
             step, last = row["step"], row["step"] == config.steps
             if config.extrapolate != "none" and step & (step - 1) == 0:  # 1, 2, 4, 8, ...
-                validate_by = candidate_score(config, world, row)
+                validate_by, began = candidate_score(config, world, row), time.perf_counter()
                 k = extrapolate(run.model, run.base, validate_by, accept=config.accept)
                 row["extrapolated"], run.base = k, weights_of(run.model)
+                row["sample_s"] += time.perf_counter() - began
             due = config.eval_every and (step % config.eval_every == 0 or last)
             accuracy = validate(config, world, step, run.dir / "samples.txt") if due else None
             if accuracy is not None and accuracy >= (config.stop_accuracy or math.inf):
