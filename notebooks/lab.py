@@ -549,19 +549,20 @@ def plot_comparison(summary: dict[str, dict[str, Any]], title: str) -> plt.Figur
 
 
 def cost_to(summary: dict[str, dict[str, Any]], accuracy: float) -> str:
-    """A table: steps, tokens, GFLOP at which validation first reaches an accuracy; mean over seeds.
+    """A table: steps, costs at which validation first reaches an accuracy; mean over seeds.
 
     A seed that never does counts as never for its variant; EffOPD's validations count as cost.
     """
-    lines = [f"| to {accuracy:g} | steps | tokens sampled | GFLOP |", "|---|---|---|---|"]
+    lines = [f"| to {accuracy:g} | steps | tokens sampled | seconds | GFLOP |", "|---" * 5 + "|"]
     for name, s in summary.items():
         first = [next((c for c in r["curve"] if c[3] >= accuracy), None) for r in s["runs"]]
         if None in first:
             reached = sum(f is not None for f in first)
-            lines.append(f"| {name} | never ({reached} of {len(first)} seeds do) | | |")
+            lines.append(f"| {name} | never ({reached} of {len(first)} seeds do) | | | |")
             continue
-        step, tokens, flop = (interval([f[i] for f in first]) for i in (0, 1, 4))
-        cells = f"{step[0]:.1f} ± {step[1]:.1f} | {tokens[0]:,.0f} | {flop[0]:.1f} ± {flop[1]:.1f}"
+        step, (tokens, _), (s, _), flop = (interval([f[i] for f in first]) for i in (0, 1, 2, 4))
+        cells = f"{step[0]:.1f} ± {step[1]:.1f} | {tokens:,.0f} | {s:.1f} | "
+        cells += f"{flop[0]:.1f} ± {flop[1]:.1f}"
         lines.append(f"| {name} | {cells} |")
     return "\n".join(lines)
 

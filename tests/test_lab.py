@@ -104,8 +104,8 @@ def test_cost_to_an_accuracy_reads_the_first_time_it_is_reached():
         return dict(runs=[dict(curve=[[i, 10 * i, 0, a, i] for i, a in enumerate(accuracies)])] * 2)
 
     table = lab.cost_to({"A": runs(0.1, 0.6, 0.5), "B": runs(0.1, 0.2, 0.3)}, 0.5)
-    assert "| A | 1.0 ± 0.0 | 10 | 1.0 ± 0.0 |" in table
-    assert "| B | never (0 of 2 seeds do) | | |" in table
+    assert "| A | 1.0 ± 0.0 | 10 | 0.0 | 1.0 ± 0.0 |" in table
+    assert "| B | never (0 of 2 seeds do) | | | |" in table
 
 
 def test_tree_is_exact():
