@@ -2304,11 +2304,12 @@ def report(run_dir: str | Path) -> dict[str, Any]:
     row = "| {} | {accuracy:.3f} | {low:.3f} to {high:.3f} | {greedy:.3f} | {n} |"
     models = [m for m in ("student_before", "student_after", "teacher") if result[m]]
     tokens = ", ".join(f"{count:,} {kind}" for kind, count in result["tokens"].items())
+    gflop = sum(result["flop"].values()) / 1e9
     defaults = Config().model_dump()
     write_atomically(folder / "report.md", "\n".join([
         f"# {folder.name}\n",
         f"{result['steps']} steps in {result['seconds']:.1f} s of training.",
-        f"Stopped early: {result['stopped'] or 'no'}.  Response tokens: {tokens}.\n",
+        f"Stopped early: {result['stopped'] or 'no'}.  Response tokens: {tokens}.  {gflop:,.0f} GFLOP.\n",
         "Accuracy on held-out test prompts: sampled at T = 1, 95% Wilson interval, greedy.\n",
         "| model | sampled | interval | greedy | prompts |\n|---|---|---|---|---|",
         *(row.format(m.replace("_", " "), **result[m]) for m in models),
@@ -2336,7 +2337,7 @@ def draw_curve(rows: list[dict], result: dict[str, Any], path: Path) -> None:
         left.axhline(result["teacher"]["accuracy"], c="C1", ls="--", label="test, teacher")
     left.set(xlabel="step", ylabel="accuracy, sampled", ylim=(0, 1.05), title="Does it learn?")
     left.legend(fontsize=7, loc="lower right")
-    key, label, scale = "kl", "KL(student || teacher), nats a token", "log"
+    key, label, scale = "kl", "KL(p || q), nats a token", "log"
     if not any(row["kl"] for row in rows):  # nothing to compare with, or no distance at all
         key, label, scale = "loss", "loss", "linear"
     right.plot(steps, [row[key] for row in rows], "C2")
