@@ -2308,8 +2308,8 @@ def report(run_dir: str | Path) -> dict[str, Any]:
     defaults = Config().model_dump()
     write_atomically(folder / "report.md", "\n".join([
         f"# {folder.name}\n",
-        f"{result['steps']} steps in {result['seconds']:.1f} s of training.",
-        f"Stopped early: {result['stopped'] or 'no'}.  Response tokens: {tokens}.  {gflop:,.0f} GFLOP.\n",
+        f"{result['steps']} steps in {result['seconds']:.1f} s of training, {gflop:,.0f} GFLOP.",
+        f"Stopped early: {result['stopped'] or 'no'}.  Response tokens: {tokens}.\n",
         "Accuracy on held-out test prompts: sampled at T = 1, 95% Wilson interval, greedy.\n",
         "| model | sampled | interval | greedy | prompts |\n|---|---|---|---|---|",
         *(row.format(m.replace("_", " "), **result[m]) for m in models),
