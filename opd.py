@@ -546,7 +546,8 @@ def load_task(name_or_jsonl: str, tokenizer: Any) -> Task:
     """A task by name, or from a JSONL file.  InputError for unknown names and broken files.
 
     chain[/STYLE]    modular arithmetic; STYLE of the demonstrations: careful, gaps, reordered,
-                     terse, guess, or several joined by + (a prompt's hash then picks one)
+                     terse, guess, long (prompts of 11 tokens, answers of 147), or several joined
+                     by + (a prompt's hash then picks one)
     synonyms         1,000 symbols, many of which say the same thing; synonyms/student: the law of
                      a student that has a wrong favourite.  An experiment: it lives in lab.py
     FILE.jsonl       one {"prompt", "answer"} a line, optionally "response" and "split"
@@ -579,6 +580,7 @@ CHAIN_STYLES = {  # how a demonstration writes a step
     "gaps": "{s} {op} {d} = {r} ;",  # careful, but 22 of 126 facts are unknown: random
     "reordered": "{op} {d} {s} > {r} |",
     "terse": "{r} ;",
+    "long": " ".join(["{s} {op} {d} = {r} ;"] * 6),  # four steps, each written six times
     "guess": None,  # no work at all: `:`, and the start value as the answer
 }
 
@@ -600,8 +602,10 @@ def chain_task(name: str, styles: list[str], tokenizer: Any) -> Task:
     """Modular chains; the verifier reads the token after the first #.  See load_task."""
     need_words(name, tokenizer, [*map(str, range(CHAIN_MOD)), *"+-*=;#>|:", "<b>", "<e>"])
 
+    hops, tokens = (4, 150) if "long" in styles else (CHAIN_STEPS, CHAIN_TOKENS)
+
     def make(rng: random.Random) -> tuple[str, str]:
-        steps = (f"{rng.choice('+-*')} {rng.randrange(1, CHAIN_MOD)}" for _ in range(CHAIN_STEPS))
+        steps = (f"{rng.choice('+-*')} {rng.randrange(1, CHAIN_MOD)}" for _ in range(hops))
         text = " ".join(["<b>", str(rng.randrange(CHAIN_MOD)), *steps, "="])
         return text, str(chain_steps(text)[-1]["r"])
 
@@ -615,7 +619,7 @@ def chain_task(name: str, styles: list[str], tokenizer: Any) -> Task:
     def judge(response: str, answer: str) -> bool:
         return response.partition("#")[2].split()[:1] == [answer]
 
-    return text_task(name, tokenizer, CHAIN_TOKENS, partial(fresh_pairs, make), judge, tell)
+    return text_task(name, tokenizer, tokens, partial(fresh_pairs, make), judge, tell)
 
 
 class Row(BaseModel):

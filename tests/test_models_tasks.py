@@ -159,8 +159,9 @@ def test_gaps_are_the_same_facts_everywhere_and_their_results_are_random(world):
 
 @pytest.mark.parametrize(
     "style, right",
-    [("careful", 1.0), ("reordered", 1.0), ("terse", 1.0), ("guess", 0.15), ("gaps", 0.34)],
-)
+    [("careful", 1.0), ("reordered", 1.0), ("terse", 1.0), ("guess", 0.15), ("gaps", 0.34),
+     ("long", 1.0)],
+)  # fmt: skip
 def test_demonstrations_verify(style, right, world):
     task = opd.load_task(f"chain/{style}", world.tokenizer)
     prompts = task.prompts(300)
@@ -250,6 +251,15 @@ def test_shipped_accuracy(folder, sampled, greedy, world):
     assert found["low"] <= found["accuracy"] <= found["high"] and found["n"] == 512
     if greedy:
         assert opd.evaluate(model, world.task, prompts, greedy=True)["accuracy"] >= greedy
+
+
+def test_long_models_have_short_prompts_and_long_answers(world):
+    task = opd.load_task("chain/long", world.tokenizer)
+    prompts = task.prompts(128, "test")
+    assert prompts.ids.shape[1] == 11 and task.demonstrations(prompts)[1].sum(1).eq(147).all()
+    for folder, low, high in (("teacher_long", 0.97, 1.0), ("student_long", 0.45, 0.7)):
+        found = opd.evaluate(opd.load_model(str(MODELS / folder)), task, prompts)
+        assert low <= found["accuracy"] <= high
 
 
 def test_hasty_is_right_when_it_works_carefully(world):
