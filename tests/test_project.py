@@ -32,7 +32,12 @@ def code_lines(path):
     return used - documented
 
 
-PROMISE = 1490  # lines of code in opd.py; the first plan said 1,200, of which mathematics 550
+PROMISE, NOW = 1200, 1490  # lines of code in opd.py: what was promised, and what it may not exceed
+
+
+@pytest.mark.xfail(strict=True, reason="opd.py is above its promised size; see the README")
+def test_opd_py_is_as_short_as_promised():
+    assert len(code_lines(ROOT / "opd.py")) <= PROMISE
 
 
 def test_size_promise():
@@ -40,7 +45,7 @@ def test_size_promise():
     lines, text = code_lines(file), file.read_text().splitlines()
     heads = {int(m[1]): i for i, row in enumerate(text, 1) if (m := re.match(r"# §(\d+) ", row))}
     mathematics = [n for n in lines if heads[2] <= n < heads[12]]
-    assert len(lines) <= PROMISE and len(mathematics) <= 550
+    assert len(lines) <= NOW and len(mathematics) <= 550
     assert list(heads) == sorted(heads)
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.FunctionDef):
