@@ -53,6 +53,7 @@ from dataclasses import dataclass, replace
 from decimal import Decimal
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal, get_args
 
 import torch
@@ -1077,12 +1078,25 @@ def truncated_forward_kl(
     return kl_on_support(lq, lp, support.valid, tail)
 
 
+def overlap(logp: Tensor, logq: Tensor | Scores, k: int) -> tuple[Tensor, ...]:
+    """What the two top k share: ratio, student's mass, teacher's mass, advantage; (B, T) each.
+
+    The parts, with formulas and sources: `overlap_ratio`, `overlap_mass`, `overlap_advantage`.
+    """
+    both = top_k_support(logp, logq, k, "intersection")
+    lp, lq = logp.gather(-1, both.ids), read_law(logq, both.ids, both.valid)
+    masses = (torch.where(both.valid, law.exp(), 0.0).sum(-1) for law in (lp, lq))
+    advantage = -kl_on_support(lp, lq, both.valid, "renormalise")
+    ratio = both.valid.to(logp).mean(-1)
+    return ratio, *masses, advantage / (ratio * k).clamp(min=1)
+
+
 def overlap_ratio(logp: Tensor, logq: Tensor | Scores, k: int) -> Tensor:
     """Share of the student's k likeliest tokens that the teacher's k likeliest hold: (B, T).
 
     |S_p and S_q| / k, between 0 and 1.  [secondary: 2604.13016 eq. 6]
     """
-    return top_k_support(logp, logq, k, "intersection").valid.to(logp).mean(-1)
+    return overlap(logp, logq, k)[0]
 
 
 def overlap_mass(logp: Tensor, logq: Tensor | Scores, k: int) -> tuple[Tensor, Tensor]:
@@ -1090,9 +1104,7 @@ def overlap_mass(logp: Tensor, logq: Tensor | Scores, k: int) -> tuple[Tensor, T
 
     [secondary: 2604.13016 eq. 9 and 10]
     """
-    both = top_k_support(logp, logq, k, "intersection")
-    laws = logp.gather(-1, both.ids), read_law(logq, both.ids, both.valid)
-    return tuple(torch.where(both.valid, law.exp(), 0.0).sum(-1) for law in laws)
+    return overlap(logp, logq, k)[1:3]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1552,9 +1564,7 @@ def overlap_advantage(logp: Tensor, logq: Tensor | Scores, k: int) -> Tensor:
     verl metric of the same name differs: -q (log q - log p), not renormalised [code].
     [secondary: 2604.13016 eq. 7; derived: the closed form]
     """
-    both = top_k_support(logp, logq, k, "intersection")
-    lp, lq = logp.gather(-1, both.ids), read_law(logq, both.ids, both.valid)
-    return -kl_on_support(lp, lq, both.valid, "renormalise") / both.valid.sum(-1).clamp(min=1)
+    return overlap(logp, logq, k)[3]
 
 
 def entropy_gap(logp: Tensor, logq: Tensor) -> Tensor:
@@ -1566,6 +1576,77 @@ def kl_by_position(kl: Tensor, mask: Tensor) -> Tensor:
     """(B, T) -> (T,): the mean over the rows that have a token there; nan where there is none."""
     total, rows = torch.where(mask, kl, 0.0).sum(0), mask.sum(0)
     return torch.where(rows > 0, total / rows.clamp(min=1), torch.nan)
+
+
+FEW, UNSUPPORTED = 4, 1e-3  # a small top k for agreement; below it the teacher means no
+
+
+def diagnose(
+    logp: Tensor, logq: Tensor, action: Tensor, *, top_k: int, min_prob: float
+) -> dict[str, Tensor]:
+    """What the two laws (n, V) say of each state and its token (n,): name -> (n,), no gradient.
+
+    kl, reward, entropy, teacher_entropy, entropy_gap in nats; agreement: do both likeliest tokens
+    coincide; teacher_mass: the teacher's on the student's top 4; unsupported: the student's where
+    the teacher gives less than .001; overlap, its masses and advantage on both top k; candidates:
+    the teacher's mass on what vocabulary routing may route to.  [secondary: 2604.13016; ours:
+    agreement, teacher_mass, unsupported; reconstruction: candidates]
+    """
+    logp, logq = logp.detach(), logq.detach()
+    own, other = entropy(logp), entropy(logq)
+    few = logp.topk(min(FEW, logp.shape[-1])).indices
+    ratio, mine, theirs, advantage = overlap(logp, logq, top_k)
+    ids, share = candidates(logp, logq, action, top_k, min_prob, "teacher")
+    return dict(
+        kl=reverse_kl(logp, logq),
+        reward=log_ratio_reward(of_tokens(logp, action), of_tokens(logq, action)),
+        entropy=own, teacher_entropy=other, entropy_gap=(other - own).abs(),
+        agreement=(few[:, 0] == logq.argmax(-1)).to(own),
+        teacher_mass=logq.gather(-1, few).exp().sum(-1),
+        unsupported=torch.where(logq < math.log(UNSUPPORTED), logp.exp(), 0.0).sum(-1),
+        overlap=ratio, overlap_mass=mine, overlap_mass_teacher=theirs, overlap_advantage=advantage,
+        candidates=torch.where(share > 0, logq.gather(-1, ids).exp(), 0.0).sum(-1),
+    )  # fmt: skip
+
+
+def top_share(kl: Tensor, mask: Tensor, share: float = 0.05) -> float:
+    """How much of sum |KL| the top `share` of the tokens hold: (B, T) -> between `share` and 1.
+
+    Near 1: a few tokens teach everything.  nan where nothing is left to teach.  [derived]
+    """
+    sizes = kl[mask].abs().sort(descending=True).values
+    return float(sizes[: math.ceil(share * len(sizes))].sum() / sizes.sum())
+
+
+def auroc(value: Tensor, right: Tensor) -> float:
+    """P(value of a right row > value of a wrong row), ties half: (B,), (B,) bool; nan: one kind.
+
+    With the sequence's mean reward as value: does the feedback know which responses are right?
+    Rethinking OPD saw .73 where OPD worked and .75 where it failed.  [secondary: 2604.13016]
+    """
+    gap = value[right][:, None] - value[~right]  # (right, wrong)
+    return float(((gap > 0).double() + (gap == 0).double() / 2).mean())
+
+
+def gradient_moments(
+    config: Config, world: "World", batches: int, first: int = 0
+) -> tuple[float, float]:
+    """(|mean g|^2, mean |g|^2) of the gradients g of some batches; no weight is touched.
+
+    first: the first batch's number as a step.  The ratio of the two is the batches' coherence: 1
+    when all ask for the same change, 1 / batches when they have nothing in common.  [derived]
+    """
+    sizes, weights = [], [*world.student.parameters()]
+    total, config = [0.0] * len(weights), config.model_copy(update=dict(grad_clip=1e9))
+
+    def look() -> None:
+        sizes.append(sum(float(p.grad.square().sum()) for p in weights))
+        total[:] = [whole + p.grad for whole, p in zip(total, weights, strict=True)]
+
+    watcher = SimpleNamespace(param_groups=[{}], step=look, zero_grad=world.student.zero_grad)
+    for step in range(first, first + batches):
+        train_step(config, world, watcher, step, [])
+    return sum(float((g / batches).square().sum()) for g in total), sum(sizes) / batches
 
 
 def continuation_advantage(
@@ -1587,13 +1668,91 @@ def continuation_advantage(
     return found
 
 
+# `check` asks so many prompts, looks at so many parts of the text, and wants at least: the gain in
+# accuracy of the teacher's continuation (two standard errors at 256 prompts [derived]), agreement
+# and teacher_mass (between the pairs that learned and those that did not, see
+# tiny_configs/evidence/check_known.json [ours, measured on tiny models])
+CHECK_PROMPTS, CHECK_PARTS = 256, 8
+CHECK_LEAST = dict(gain=0.1, agreement=0.3, teacher_mass=0.35)
+
+
+@dataclass
+class Verdict:
+    """What `check` says before training: a decision, its reasons as sentences, its numbers.
+
+    decision: go, cold start first, shorten the horizon, or other teacher.
+    """
+
+    decision: str
+    reasons: list[str]
+    numbers: dict[str, Any]
+
+
+@torch.no_grad()
+def check(config: Config) -> Verdict:
+    """Will this teacher teach this student?  Samples a little, trains nothing, writes nothing.
+
+    In this order, the first that holds: *other teacher*, where it finishes the student's text (from
+    nothing, or from a prefix) no better than the student; *cold start first*, where on the student's
+    text they rarely agree, or the teacher has little mass on the student's top 4; *shorten the
+    horizon*, where only the later text is like that (horizon: where it begins); else *go*.
+    Overlap ratios are shown and decide nothing: on tiny models they mislead.  Nor does the advantage
+    by depth decide the horizon: after a fatal mistake no teacher recovers, and still it teaches.
+    [secondary: 2604.13016, the questions; reconstruction: rules and thresholds]
+    Raises InputError for models that cannot work together.
+    """
+    require(config.teacher, "teacher = null: check needs one")
+    c = config.model_copy(update=dict(feedback="teacher", reward_scale=1.0, reference=None))
+    world = load_world(c)
+    task, law, numbers, reasons = world.task, world.law, {}, []
+    prompts = task.prompts(CHECK_PROMPTS, "validation", seed="check")
+    noise = torch.rand(len(prompts.text), task.max_tokens, generator=keyed_generator("check"))
+    own = sample(world.student, prompts, horizon=task.max_tokens, noise=noise, **law)
+    seen: dict[str, Tensor] = {}
+    for rows in torch.arange(len(noise)).split(c.micro_batch or c.batch_size):
+        for at, logp, logq, _ in score_chunks(c, world, own, rows, {}, lambda part: None):
+            found = diagnose(logp, logq, own.tokens[at], top_k=c.top_k, min_prob=c.min_prob)
+            for name, values in found.items():
+                seen.setdefault(name, torch.zeros_like(own.logprobs))[at] = values
+    numbers |= {name: float(values[own.mask].mean()) for name, values in seen.items()}
+    numbers["top_5_percent"] = top_share(seen["kl"], own.mask)
+    length = int(own.mask.sum(1).float().mean())
+    depths = sorted({0, 1, *(length * part // CHECK_PARTS for part in range(CHECK_PARTS))})
+    depth = continuation_advantage(world.student, world.teacher, task, prompts, depths, **law)
+    numbers["gain"] = max(at["advantage"] for at in depth.values())
+    numbers |= dict(student=depth[0]["student"], teacher=depth[0]["teacher"], by_depth=depth)
+    numbers["horizon"], width = task.max_tokens, max(1, own.tokens.shape[1] // CHECK_PARTS)
+    for start in range(0, own.tokens.shape[1], width):
+        part = slice(start, start + width)
+        if any(float(seen[key][:, part][own.mask[:, part]].mean()) < CHECK_LEAST[key]
+               for key in ("agreement", "teacher_mass")):  # fmt: skip
+            numbers["horizon"] = start
+            break
+    templates = [load_tokenizer(name).chat_template for name in (c.student, c.teacher)]
+    for what, same in (("EOS ids", eos_ids_of(world.student) == eos_ids_of(world.teacher)),
+                       ("chat templates", templates[0] == templates[1])):  # fmt: skip
+        reasons += [] if same else [f"note: {what} differ; the student's are used"]
+    low = [key for key, least in CHECK_LEAST.items() if numbers[key] < least]
+    decision = "go"
+    if "gain" in low:
+        decision = "other teacher"
+    elif low:
+        decision = "cold start first"
+    elif numbers["horizon"] < task.max_tokens:
+        decision = "shorten the horizon"
+    for key, least in CHECK_LEAST.items():
+        reasons.append(f"{key} {numbers[key]:.3f}, wanted at least {least}")
+    reasons.append(f"reliable up to token {numbers['horizon']} of {task.max_tokens}")
+    return Verdict(decision, reasons, numbers)
+
+
 # ------------------------------------------------------------------------------------------------
 # §12  Training: the step, the loop, evaluation, checkpoints, the files of a run
 # ------------------------------------------------------------------------------------------------
 
 VALIDATION_PROMPTS, EVALUATION_ROWS, SHOWN_SAMPLES, EXTRAPOLATE_TOKENS = 256, 512, 4, 6
 CHUNK_LOGITS, CHUNK_TOKENS = 2**22, 16  # logits held at once, but at least so many tokens
-PRUNE_BASE, UNSUPPORTED = 0.5, 1e-3  # Prune-OPD's base weight; below it the teacher means no
+PRUNE_BASE = 0.5  # Prune-OPD's base weight
 CHECKPOINT = "checkpoint/last.safetensors"  # in a run's folder
 DTYPES = dict(fp32=torch.float32, fp16=torch.float16, bf16=torch.bfloat16)
 
@@ -2401,6 +2560,10 @@ def run_command(argv: list[str]) -> None:
     elif len(words) == 2 and words[0] == "report":
         report(words[1])
         print(f"{words[1]}/report.md")
+    elif words[:1] == ["check"] and len(words) <= 2:
+        verdict = check(Config.load(*words[1:], **fields))
+        print(f"{verdict.decision}\n", *verdict.reasons, "", sep="\n")
+        print(json.dumps(verdict.numbers, indent=1))
     elif len(words) > 1 or (words and not words[0].endswith(".json")):
         raise InputError(f"{' '.join(words)!r}: must be one CONFIG.json, `report RUN` or `methods`")
     elif resume and (words or fields):

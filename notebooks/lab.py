@@ -12,7 +12,6 @@ import itertools
 import json
 import math
 import multiprocessing
-import random
 import sys
 import tempfile
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -96,115 +95,12 @@ def rows_of(run: opd.Run) -> list[dict]:
 mean_by_position = opd.kl_by_position
 
 
-class Onlooker:
-    """An optimizer that keeps each step's gradient and takes no step."""
-
-    def __init__(self, student: torch.nn.Module) -> None:
-        self.student, self.seen, self.param_groups = student, [], [{}]
-
-    def step(self) -> None:
-        self.seen.append(torch.cat([p.grad.flatten() for p in self.student.parameters()]))
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        self.student.zero_grad(set_to_none)
-
-
 def gradient_noise(config: opd.Config, batches: int = 16) -> tuple[float, float]:
     """Norm of the mean gradient, and root mean square distance of one batch's gradient to it."""
     world = opd.load_world(config)
-    fields = dict(max_tokens=world.task.max_tokens, grad_clip=1e9)
-    config, onlooker = opd.Config(**{**config.model_dump(), **fields}), Onlooker(world.student)
-    for step in range(batches):
-        opd.train_step(config, world, onlooker, step, [])
-    g = torch.stack(onlooker.seen)
-    spread = (g - g.mean(0)).square().sum() / (batches - 1)
-    return g.mean(0).norm().item(), spread.sqrt().item()
-
-
-# ------------------------------------------------------------------------------------------------
-# A task with 1,000 symbols, many of which say the same thing: opd.load_task("synonyms")
-# ------------------------------------------------------------------------------------------------
-
-# `<b> word op op op op op op =`, answered by `op word op word ... <e>`.  The next concept is a
-# table of (concept of the last word, op).  A concept has 16 words; which three of them the teacher
-# prefers depends on (concept, op).  The student's law prefers a fourth, wrong one, and has a noisy
-# tail.  Word ids: 4 marks, 4 operators, 32 x 16 words `wCONCEPT.SYNONYM`, 480 others.
-CONCEPTS, SYNONYMS, OPS, OTHERS, HOPS = 32, 16, 4, 480, 6
-SYNONYM_WORDS = ["<pad>", "<b>", "<e>", "=", *(f"op{o}" for o in range(OPS))]
-FIRST_WORD = len(SYNONYM_WORDS)
-SYNONYM_WORDS += [f"w{c}.{s}" for c in range(CONCEPTS) for s in range(SYNONYMS)]
-SYNONYM_WORDS += [f"x{i}" for i in range(OTHERS)]
-
-
-def synonym_laws(style: str) -> tuple[Tensor, Tensor, Tensor]:
-    """next concept (32, 4); words ranked for (concept, op), (32, 4, 16); law of a word (32, 4, V).
-
-    Teacher: .95 on the first three ranks, .04 over all sixteen.  Student: .78 on the fourth rank,
-    1e-3 on each other one, .2 on a Zipf tail.  Both: .01 over everything, so logs stay finite.
-    """
-    g = torch.Generator().manual_seed(0)
-    table = torch.stack([torch.randperm(CONCEPTS, generator=g) for _ in range(OPS)], dim=1)
-    ranked = torch.rand(CONCEPTS, OPS, SYNONYMS, generator=g).argsort(-1)
-    ranked += FIRST_WORD + SYNONYMS * torch.arange(CONCEPTS)[:, None, None]  # as word ids
-    rest, best = 1e-3, torch.tensor([0.0, 0.0, 0.0, 0.779])
-    if style == "teacher":
-        rest, best = 0.0025, 0.96 * torch.tensor([0.55, 0.30, 0.15, 0.0])
-    share = rest + torch.nn.functional.pad(best, (0, SYNONYMS - len(best)))
-    law = torch.zeros(CONCEPTS, OPS, len(SYNONYM_WORDS))
-    law.scatter_(-1, ranked, share.expand_as(ranked))
-    zipf = 1 / torch.arange(1, OTHERS + 1)
-    law[..., -OTHERS:] = (1 - share.sum()) * zipf / zipf.sum()
-    return table, ranked, 0.99 * law + 0.01 / len(SYNONYM_WORDS)
-
-
-def synonym_task(name: str, tokenizer: Any) -> opd.Task:
-    """The task; right means every token is one the teacher prefers.  name: see opd.load_task.
-
-    A state is a row of `laws` (136, V).  Row i < 8: token i, a mark or an operator, is all but
-    certain; row 8 + 4 c + o: a word of concept c after operator o.
-    """
-    opd.need_words(name, tokenizer, SYNONYM_WORDS)
-    ordered = tokenizer.convert_tokens_to_ids(SYNONYM_WORDS) == list(range(len(SYNONYM_WORDS)))
-    opd.require(ordered, f"task = {name!r}: the tokenizer's ids must be in the task's order")
-    sure = 0.999 * torch.eye(len(SYNONYM_WORDS))[:FIRST_WORD] + 0.001 / len(SYNONYM_WORDS)
-    (table, _, own), (_, _, wanted) = (
-        synonym_laws(style) for style in (name.partition("/")[2] or "teacher", "teacher")
-    )
-    laws = torch.cat([sure, own.flatten(0, 1)])
-    preferred = torch.cat([sure, wanted.flatten(0, 1)]) > 0.1  # an operator, EOS, three words
-
-    def make(rng: random.Random) -> tuple[str, str]:
-        ops = " ".join(f"op{rng.randrange(OPS)}" for _ in range(HOPS))
-        return f"<b> w{rng.randrange(CONCEPTS)}.{rng.randrange(SYNONYMS)} {ops} =", ops
-
-    def states(prompt_ids: Tensor, tokens: Tensor) -> Tensor:  # (B, T), the one before each token
-        given = prompt_ids[:, -HOPS - 2 : -1]  # word, six operators
-        last = torch.cat([given[:, :1], tokens[:, :-1]], dim=1)  # the token before
-        op, concept = (last - 4) % OPS, (last.roll(1, 1) - FIRST_WORD) // SYNONYMS % CONCEPTS
-        word = FIRST_WORD + OPS * table[concept, op] + op
-        t = torch.arange(tokens.shape[1])
-        copied = torch.nn.functional.pad(given[:, 1:], (0, 1), value=2)  # operators, then EOS
-        return torch.where(t % 2 == 1, word, copied[:, (t // 2).clamp(max=HOPS)])
-
-    def law(rollout: opd.Rollout) -> Tensor:
-        rows = states(rollout.prompt_ids.cpu(), rollout.tokens.cpu())
-        return laws.log()[rows].to(rollout.tokens.device)
-
-    def show(prompts: opd.Prompts) -> tuple[Tensor, Tensor]:
-        g = opd.keyed_generator(prompts.text)
-        noise = torch.rand(len(prompts.ids), 2 * HOPS + 1, generator=g)
-        tokens = torch.zeros(noise.shape, dtype=torch.long)
-        for t, u in enumerate(noise.T):
-            tokens[:, t] = opd.inverse_cdf(laws[states(prompts.ids, tokens)[:, t]], u)
-        return tokens, opd.through_eos(tokens, [2])
-
-    def verify(prompts: opd.Prompts, rollout: opd.Rollout) -> Tensor:
-        tokens, mask = rollout.tokens.cpu(), rollout.mask.cpu()
-        right = preferred[states(rollout.prompt_ids.cpu(), tokens), tokens]
-        return (right | ~mask).all(1) & (mask.sum(1) == 2 * HOPS + 1)
-
-    draw = partial(opd.fresh_pairs, make)
-    return opd.Task(name, tokenizer, 2 * HOPS + 1, draw, verify, show, law)
+    config = config.model_copy(update=dict(max_tokens=world.task.max_tokens))
+    mean_of, each = opd.gradient_moments(config, world, batches)
+    return math.sqrt(mean_of), math.sqrt((each - mean_of) * batches / (batches - 1))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -308,7 +204,7 @@ T_95 = (
     2.365,
     2.306,
     2.262,
-)  # t quantiles, 1 to 9 d.o.f.
+)  # t quantiles, 1 to 9 degrees of freedom
 
 
 MEASURED = ("kl", "entropy", "unsupported", "gated", "weight")  # of the last steps
