@@ -59,7 +59,7 @@ import torch
 import transformers
 from einops import rearrange, reduce
 from matplotlib.figure import Figure
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -132,10 +132,8 @@ NEEDS: list[tuple[dict[str, list], dict[str, list]]] = [  # fields with such val
 ]
 
 
-class Config(BaseModel):
+class Config(BaseModel, extra="forbid", strict=True, frozen=True, allow_inf_nan=False):
     """One run.  The groups are the survey's variables; unknown fields, wrong types are errors."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
     # models and task
     student: str = opt("tiny_configs/models/student_hasty", "folder or hub name")
@@ -606,10 +604,9 @@ def chain_task(name: str, styles: list[str], tokenizer: Any) -> Task:
     return text_task(name, tokenizer, tokens, partial(fresh_pairs, make), judge, tell)
 
 
-class Row(BaseModel):
+class Row(BaseModel, strict=True):
     """One line of a task file; other fields are ignored."""
 
-    model_config = ConfigDict(strict=True)
     prompt: str
     answer: str | int | float
     response: str | None = None
@@ -748,9 +745,8 @@ def sample(
     Rows that stopped leave the batch.  The horizon is a hard stop: nothing is appended.
     Raises InputError: noise of the wrong shape; horizon, temperature or top_p out of range.
     """
-    given = f"horizon = {horizon}, temperature = {temperature}, top_p = {top_p}"
     fine = horizon >= 1 and temperature >= 0 and 0 < top_p <= 1
-    require(fine, f"{given}: must be at least 1, at least 0, in (0, 1]")
+    require(fine, f"{horizon = }, {temperature = }, {top_p = }: must be >= 1, >= 0, in (0, 1]")
     B, device = len(prompts.ids), model.device
     noise = (torch.rand(B, horizon) if noise is None else noise).to(device)
     fine = noise.shape[0] == B and noise.shape[1] >= horizon
