@@ -781,7 +781,7 @@ def take(batch: Any, rows: Tensor) -> Any:
     """Some rows of a Prompts or of a Rollout, in the order asked for."""
 
     def pick(x: Any) -> Any:
-        return x[rows.to(x.device)] if isinstance(x, Tensor) else [x[i] for i in rows]
+        return x[rows.to(x.device)] if isinstance(x, Tensor) else [x[i] for i in rows.tolist()]
 
     return type(batch)(*map(pick, vars(batch).values()))
 
