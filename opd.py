@@ -60,11 +60,12 @@ import torch
 import transformers
 from einops import rearrange, reduce
 from matplotlib.figure import Figure
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import Module
+from torch.nn.utils.rnn import pad_sequence
 from torch.optim import AdamW
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache
@@ -109,37 +110,31 @@ def opt(default: Any, doc: str, **limits: Any) -> Any:
 
 
 MANY = 2**20  # more rows or tokens than this are a slip of the keyboard
+Support = Literal["full", "student", "teacher", "union", "intersection"]
+Tail = Literal["stop_gradient", "generalised", "renormalise", "bucket"]
 
-
-ROUTE_B, SCORED, KLS = ["policy_gradient"], ["teacher", "law"], ["reverse_kl", "forward_kl"]
+ANY: list = []  # any value but the field's default
+ROUTE_B, SCORED = ["policy_gradient"], ["teacher", "law"]
 LOG_RATIO = dict(route=ROUTE_B, feedback=["teacher"], divergence=["reverse_kl"])
-NEEDS: list[tuple[str, list, dict[str, list]]] = [  # field, its values (none: any but the default)
-    ("feedback", ["law", "imitation"], dict(route=["direct"])),
-    ("feedback", ["verifier"], dict(route=ROUTE_B)),
-    ("route", ROUTE_B, dict(states=["student"])),
-    ("teacher_prefix", [], dict(route=["direct"], states=["student", "mixed"])),
-    ("importance_ratio", [], dict(route=ROUTE_B, negative=["suppress"])),
-    ("clip", [], dict(importance_ratio=[True])),
-    ("gamma", [], LOG_RATIO),
-    ("baseline", ["leave_one_out"], dict(route=ROUTE_B)),
-    ("baseline", ["kl", "value"], LOG_RATIO),
-    ("negative", [], LOG_RATIO),
-    ("support", [], dict(route=["direct"], feedback=SCORED, divergence=KLS)),
-    ("weighting", [], dict(feedback=SCORED)),
-    ("entropy_threshold", [], dict(feedback=SCORED)),
-    ("importance_cap", [], dict(states=["student"], teacher_prefix=[0])),
-    ("reward_scale", [], dict(feedback=SCORED)),
-    ("schedule", ["adaptive"], dict(feedback=SCORED)),
-    ("extrapolate", ["kl"], dict(feedback=["teacher"])),
-    ("stop_kl", [], dict(feedback=SCORED)),
-    ("tail", ["stop_gradient", "generalised"], dict(divergence=["reverse_kl", "jsd"])),
-]  # ... and what each then needs
+NEEDS: list[tuple[dict[str, list], dict[str, list]]] = [  # fields with such values need these
+    (dict(feedback=["law", "imitation"]), dict(route=["direct"])),
+    (dict(feedback=["verifier"], baseline=["leave_one_out"]), dict(route=ROUTE_B)),
+    (dict(route=ROUTE_B), dict(states=["student"])),
+    (dict(teacher_prefix=ANY), dict(route=["direct"], states=["student", "mixed"])),
+    (dict(importance_ratio=ANY), dict(route=ROUTE_B, negative=["suppress"])),
+    (dict(clip=ANY), dict(importance_ratio=[True])),
+    (dict(gamma=ANY, baseline=["kl", "value"], negative=ANY), LOG_RATIO),
+    (dict(support=ANY), dict(route=["direct"], divergence=["reverse_kl", "forward_kl"])),
+    (dict(support=ANY, weighting=ANY, entropy_threshold=ANY), dict(feedback=SCORED)),
+    (dict(reward_scale=ANY, schedule=["adaptive"], stop_kl=ANY), dict(feedback=SCORED)),
+    (dict(importance_cap=ANY), dict(states=["student"], teacher_prefix=[0])),
+    (dict(extrapolate=["kl"]), dict(feedback=["teacher"])),
+    (dict(tail=["stop_gradient", "generalised"]), dict(divergence=["reverse_kl", "jsd"])),
+]
 
 
-class Config(BaseModel):
+class Config(BaseModel, extra="forbid", strict=True, frozen=True, allow_inf_nan=False):
     """One run.  The groups are the survey's variables; unknown fields, wrong types are errors."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
     # models and task
     student: str = opt("tiny_configs/models/student_hasty", "folder or hub name")
@@ -168,24 +163,18 @@ class Config(BaseModel):
     route: Literal["direct", "policy_gradient"] = opt("direct", "A: divergence, B: log-ratio")
     divergence: Literal["reverse_kl", "forward_kl", "jsd"] = opt("reverse_kl", "what descends")
     beta: float = opt(0.5, "jsd: the teacher's weight in the mixture", gt=0, lt=1)
-    support: Literal["full", "student", "teacher", "union", "intersection"] = opt(
-        "full", "route A compares the whole vocabulary, or the top_k of one or both"
-    )
+    support: Support = opt("full", "route A: the whole vocabulary, or the top_k of one or both")
     top_k: int = opt(16, "size of supports, candidate sets and overlaps", ge=1, le=MANY)
-    tail: Literal["stop_gradient", "generalised", "renormalise", "bucket"] = opt(
-        "bucket", "what becomes of the mass off the support"
-    )
+    tail: Tail = opt("bucket", "what becomes of the mass off the support")
     # route B's credit, and what negative feedback turns into
     gamma: float = opt(0.0, "discount: 0 immediate credit, 1 return-to-go", ge=0, le=1)
-    baseline: Literal["none", "leave_one_out", "kl", "value"] = opt(
-        "none", "the prompt's other samples, vOPD's closed form -KL, or a critic (GAE)"
-    )
+    # baseline: the prompt's other samples, vOPD's closed form -KL, or a critic (GAE)
+    baseline: Literal["none", "leave_one_out", "kl", "value"] = opt("none", "sample mean, -KL, GAE")
     gae_lambda: float = opt(0.95, "value: 1 trusts returns, 0 the critic", ge=0, le=1)
     value_lr: float = opt(1e-2, "value: the critic's learning rate", gt=0, le=10)
     value_warmup: int = opt(5, "value: steps in which the critic only learns", ge=0)
-    negative: Literal["suppress", "route", "local_kl"] = opt(
-        "suppress", "A < 0: lower the token; say who gets its mass (CR-OPD); a local KL (AOPD)"
-    )
+    # negative: lower the token; say who gets its mass (CR-OPD); a local KL (AOPD)
+    negative: Literal["suppress", "route", "local_kl"] = opt("suppress", "what A < 0 leads to")
     rho: float = opt(1.0, "route: strength", ge=0, le=1)
     min_prob: float = opt(1e-4, "route: reachable means the student gives so much", ge=0, lt=1)
     importance_ratio: bool = opt(False, "route B: p / p_before in front of the advantage")
@@ -235,20 +224,21 @@ class Config(BaseModel):
 
     @model_validator(mode="after")
     def _no_contradictions(self) -> "Config":
-        c, share = self, isinstance(self.horizon, float)
-        for field, values, needs in NEEDS:
-            value = getattr(c, field)
-            if value in values if values else value != type(c).model_fields[field].default:
-                for other, allowed in needs.items():
-                    names = " or ".join(map(json.dumps, allowed))
-                    fine = getattr(c, other) in allowed
-                    require(fine, f"{field} = {value!r}: needs {other} = {names}")
-        writers = {c.states, c.off_policy if c.states == "mixed" else c.states, c.feedback}
-        horizon = c.horizon is None or (0 < c.horizon < 1 if share else c.horizon >= 1)
+        c = self
+        for when, needs in NEEDS:
+            for field, values in when.items():
+                value = getattr(c, field)
+                if value in values if values else value != type(c).model_fields[field].default:
+                    for other, allowed in needs.items():
+                        names = " or ".join(map(json.dumps, allowed))
+                        why = f"{field} = {value!r}: needs {other} = {names}"
+                        require(getattr(c, other) in allowed, why)
+        teaches = "teacher" in (c.feedback, c.states, c.states == "mixed" and c.off_policy)
         referring = c.reward_scale != 1 or c.reference_kl > 0
         for fine, why in (
-            (horizon, f"horizon = {c.horizon}: tokens, at least 1, or a float share in (0, 1)"),
-            (c.teacher or not ("teacher" in writers or c.teacher_prefix),
+            (c.horizon is None or 0 < c.horizon < 1 or isinstance(c.horizon, int) and c.horizon > 0,
+             f"horizon = {c.horizon}: tokens, at least 1, or a float share in (0, 1)"),
+            (c.teacher or not (teaches or c.teacher_prefix),
              "teacher = null: feedback, states or teacher_prefix need one; name a model"),
             (c.route == "direct" or c.top_p == 1 or c.allow_top_p_bias, f"top_p = {c.top_p}: "
              "biases route = 'policy_gradient'; use 1, or set allow_top_p_bias = true"),
@@ -353,8 +343,8 @@ def preset(method: str) -> dict[str, Any]:
     """The fields that a method, or several joined by +, sets.  InputError: unknown, or overlap."""
     fields: dict[str, Any] = {}
     for name in str(method).split("+"):
-        known = ", ".join(METHODS)
-        require(name in METHODS, f"method = {method!r}: {name!r} is not one of {known}")
+        unknown = f"{name!r} is not one of {', '.join(METHODS)}"
+        require(name in METHODS, f"method = {method!r}: {unknown}")
         twice = sorted(fields.keys() & METHODS[name].keys())
         require(not twice, f"method = {method!r}: {name} sets {twice}, which is already set")
         fields |= METHODS[name]
@@ -368,8 +358,7 @@ def preset(method: str) -> dict[str, Any]:
 
 def find(name: str) -> str:
     """A folder or file as given, else the same path beside opd.py, else the name (a hub name)."""
-    found = [path for path in (Path(name), HERE / name) if path.exists()]
-    return str(found[0]) if found else name
+    return next((str(path) for path in (Path(name), HERE / name) if path.exists()), name)
 
 
 def same_model(one: str, other: str) -> bool:
@@ -377,9 +366,7 @@ def same_model(one: str, other: str) -> bool:
     return Path(find(one)).resolve() == Path(find(other)).resolve()
 
 
-def load_model(
-    name_or_dir: str, role: str = "student", *, device: str = "cpu", seed: int = 0
-) -> Module:
+def load_model(name: str, role: str = "student", *, device: str = "cpu", seed: int = 0) -> Module:
     """A causal LM of transformers, from safetensors only.  role: student, teacher or reference.
 
     The student is fp32 (AdamW in pure bf16 at lr 1e-6 moves nothing [secondary]) and takes
@@ -389,7 +376,7 @@ def load_model(
     Raises InputError: no such model, weights that are not safetensors, not a causal LM, or one
     that changes its logits after the output layer (a soft cap, a scale).
     """
-    folder, dtype, who = find(name_or_dir), torch.float32, f"{role} = {name_or_dir!r}"
+    folder, dtype, who = find(name), torch.float32, f"{role} = {name!r}"
     if role != "student" and device != "cpu":
         dtype = torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
     suffixes = {path.suffix for path in Path(folder).glob("*")}  # none for a hub name
@@ -411,10 +398,10 @@ def load_model(
     return model
 
 
-def load_tokenizer(name_or_dir: str, role: str = "student") -> Any:
+def load_tokenizer(name: str, role: str = "student") -> Any:
     """The tokenizer of a model folder or hub name; role names it in the InputError if none."""
-    with must(f"{role} = {name_or_dir!r}", "have a tokenizer"):
-        return AutoTokenizer.from_pretrained(find(name_or_dir))
+    with must(f"{role} = {name!r}", "have a tokenizer"):
+        return AutoTokenizer.from_pretrained(find(name))
 
 
 def eos_ids_of(model: Module) -> list[int]:
@@ -483,7 +470,7 @@ class Task:
         """
         require(split in SPLITS, f"split = {split!r}: must be one of {', '.join(SPLITS)}")
         pairs = self.draw(n, split, random.Random(f"{split} {seed}"))
-        texts, answers = [p for p, _ in pairs], [a for _, a in pairs]
+        texts, answers = map(list, zip(*pairs, strict=True))
         special = self.tokenizer.chat_template is None  # a chat template has written its own
         ids, mask = pad(self.tokenizer(texts, add_special_tokens=special)["input_ids"], left=True)
         return Prompts(ids, mask, texts, answers)
@@ -516,10 +503,9 @@ def keyed_generator(*key: Any) -> torch.Generator:
 
 def pad(rows: list[list[int]], left: bool = False) -> tuple[Tensor, Tensor]:
     """Rows of ids -> ids (B, width) padded with 0, mask (B, width) true on real tokens."""
-    side = "left" if left else "right"
-    stack = partial(torch.nn.utils.rnn.pad_sequence, batch_first=True, padding_side=side)
-    ids = [torch.tensor(row, dtype=torch.long) for row in rows]
-    return stack(ids), stack([torch.ones_like(row, dtype=torch.bool) for row in ids])
+    side = "left" if left else "right"  # then: batch first, -1 for no token
+    ids = pad_sequence([torch.tensor(row, dtype=torch.long) for row in rows], True, -1, side)
+    return ids.clamp(min=0), ids >= 0
 
 
 def response_texts(tokenizer: Any, rollout: "Rollout") -> list[str]:
@@ -528,22 +514,19 @@ def response_texts(tokenizer: Any, rollout: "Rollout") -> list[str]:
     return tokenizer.batch_decode([row[keep] for row, keep in rows])
 
 
-def text_task(
-    name: str, tokenizer: Any, max_tokens: int, draw: Callable, judge: Callable, tell: Callable
-) -> Task:
+def text_task(name: str, tokenizer: Any, max_tokens: int, draw: Any, judge: Any, tell: Any) -> Task:
     """A task about texts: judge(response, answer) -> bool; tell(prompt text) -> response text."""
 
     def verify(prompts: Prompts, rollout: Rollout) -> Tensor:
         return torch.tensor([*map(judge, response_texts(tokenizer, rollout), prompts.answer)])
 
     def show(prompts: Prompts) -> tuple[Tensor, Tensor]:
-        texts = [*map(tell, prompts.text)]
-        return pad(tokenizer(texts, add_special_tokens=False)["input_ids"])
+        return pad(tokenizer([*map(tell, prompts.text)], add_special_tokens=False)["input_ids"])
 
-    return Task(name, tokenizer, max_tokens, draw, verify, show)
+    return Task(name, tokenizer, max_tokens, draw, verify, tell and show)
 
 
-def load_task(name_or_jsonl: str, tokenizer: Any) -> Task:
+def load_task(name: str, tokenizer: Any) -> Task:
     """A task by name, or from a JSONL file.  InputError for unknown names and broken files.
 
     chain[/STYLE]    modular arithmetic; STYLE of the demonstrations: careful, gaps, reordered,
@@ -553,19 +536,18 @@ def load_task(name_or_jsonl: str, tokenizer: Any) -> Task:
                      a student that has a wrong favourite.  An experiment: it lives in lab.py
     FILE.jsonl       one {"prompt", "answer"} a line, optionally "response" and "split"
     """
-    kind, _, style = name_or_jsonl.partition("/")
+    kind, _, style = name.partition("/")
     styles = (style or "careful").split("+")
-    if name_or_jsonl.endswith(".jsonl"):
-        return jsonl_task(name_or_jsonl, tokenizer)
-    if kind == "chain" and {*styles} <= {*CHAIN_STYLES}:
-        return chain_task(name_or_jsonl, styles, tokenizer)
-    if name_or_jsonl in ("synonyms", "synonyms/teacher", "synonyms/student"):
+    if name.endswith(".jsonl"):
+        return jsonl_task(name, tokenizer)
+    if kind == "chain" and {*styles} <= CHAIN_STYLES.keys():
+        return chain_task(name, styles, tokenizer)
+    if name in ("synonyms", "synonyms/teacher", "synonyms/student"):
         sys.modules.setdefault("opd", sys.modules[__name__])  # lab.py imports this very module
         sys.path.append(str(HERE / "notebooks"))
-        return importlib.import_module("lab").synonym_task(name_or_jsonl, tokenizer)
+        return importlib.import_module("lab").synonym_task(name, tokenizer)
     chain = f"chain[/STYLE], STYLE from {', '.join(CHAIN_STYLES)}, joined by +"
-    what = f"{chain}, or synonyms[/student], or FILE.jsonl"
-    raise InputError(f"task = {name_or_jsonl!r}: must be {what}")
+    raise InputError(f"task = {name!r}: must be {chain}, or synonyms[/student], or FILE.jsonl")
 
 
 def need_words(task: str, tokenizer: Any, words: list[str]) -> None:
@@ -623,14 +605,13 @@ def chain_task(name: str, styles: list[str], tokenizer: Any) -> Task:
     return text_task(name, tokenizer, tokens, partial(fresh_pairs, make), judge, tell)
 
 
-class Row(BaseModel):
+class Row(BaseModel, strict=True):
     """One line of a task file; other fields are ignored."""
 
-    model_config = ConfigDict(strict=True)
     prompt: str
     answer: str | int | float
     response: str | None = None
-    split: str | None = None
+    split: Literal["train", "validation", "test"] | None = None
 
 
 def jsonl_task(path: str, tokenizer: Any, max_tokens: int = 1024) -> Task:
@@ -653,10 +634,9 @@ def jsonl_task(path: str, tokenizer: Any, max_tokens: int = 1024) -> Task:
             if tokenizer.chat_template is not None:
                 text = tokenizer.apply_chat_template([{"role": "user", "content": text}], **chat)
             first = next(iter(rows.values()), row)
-            usable = bool(tokenizer(text)["input_ids"]) and last_number(str(row.answer)) is not None
-            usable = usable and text not in rows and row.split in SPLITS
-            usable = usable and (row.response is None) == (first.response is None)
-            require(usable, f"got {row!r}")
+            alike = (row.response is None) == (first.response is None)
+            usable = tokenizer(text)["input_ids"] and last_number(str(row.answer)) is not None
+            require(usable and alike and text not in rows, f"got {row!r}")
             rows[text] = row
 
     def draw(n: int, split: str, rng: random.Random) -> list[tuple[str, str]]:
@@ -671,9 +651,8 @@ def jsonl_task(path: str, tokenizer: Any, max_tokens: int = 1024) -> Task:
     def tell(text: str) -> str:
         return rows[text].response + (tokenizer.eos_token or "")
 
-    task = text_task(path, tokenizer, max_tokens, draw, judge, tell)
     shown = all(row.response is not None for row in rows.values())
-    return task if shown else replace(task, show=None)
+    return text_task(path, tokenizer, max_tokens, draw, judge, tell if shown else None)
 
 
 def last_number(text: str) -> Decimal | None:
@@ -767,18 +746,16 @@ def sample(
     Rows that stopped leave the batch.  The horizon is a hard stop: nothing is appended.
     Raises InputError: noise of the wrong shape; horizon, temperature or top_p out of range.
     """
-    given = f"horizon = {horizon}, temperature = {temperature}, top_p = {top_p}"
     fine = horizon >= 1 and temperature >= 0 and 0 < top_p <= 1
-    require(fine, f"{given}: must be at least 1, at least 0, in (0, 1]")
+    require(fine, f"{horizon = }, {temperature = }, {top_p = }: must be >= 1, >= 0, in (0, 1]")
     B, device = len(prompts.ids), model.device
     noise = (torch.rand(B, horizon) if noise is None else noise).to(device)
     fine = noise.shape[0] == B and noise.shape[1] >= horizon
     require(fine, f"noise: shape {(*noise.shape,)}; must be ({B}, {horizon}) or wider")
     stop = torch.tensor(eos_ids_of(model) if eos_ids is None else eos_ids, device=device)
     ids, seen = prompts.ids.to(device), prompts.mask.to(device)
-    logprobs = torch.zeros(B, horizon, device=device)
-    blank, row = torch.zeros_like(logprobs, dtype=torch.bool), torch.arange(B, device=device)
-    out = Rollout(ids, seen, blank.long(), blank.clone(), logprobs, blank[:, 0].clone())
+    row, blank = torch.arange(B, device=device), torch.zeros(B, horizon, device=device)
+    out = Rollout(ids, seen, blank.long(), blank.bool(), blank, blank[:, 0].bool())
     cache, padded = DynamicCache(config=model.config), not bool(seen.all())
     for t in range(horizon):  # `row` holds the rows still writing, b of them
         where = dict(attention_mask=seen, position_ids=positions_of(seen)[:, -ids.shape[1] :])
@@ -790,14 +767,13 @@ def sample(
         out.tokens[row, t], out.mask[row, t] = token, True
         out.logprobs[row, t] = logp.gather(-1, token[:, None]).squeeze(-1)
         stops = torch.isin(token, stop)
+        out.finished[row] = stops
         seen = torch.nn.functional.pad(seen, (0, 1), value=True) if padded else seen
-        if stops.any():
-            out.finished[row[stops]] = True
-            go = (~stops).nonzero().squeeze(1)
-            cache.batch_select_indices(go)
-            row, token, seen = row[go], token[go], seen[go]
-        if not len(row):
+        if stops.all():
             break
+        if stops.any():
+            cache.batch_select_indices((~stops).nonzero().squeeze(1))
+            row, token, seen = row[~stops], token[~stops], seen[~stops]
         ids = token[:, None]
     return replace(out, **{k: getattr(out, k)[:, : t + 1] for k in PER_TOKEN})
 
@@ -805,20 +781,17 @@ def sample(
 def take(batch: Any, rows: Tensor) -> Any:
     """Some rows of a Prompts or of a Rollout, in the order asked for."""
 
-    def pick(value: Any) -> Any:
-        tensor = isinstance(value, Tensor)
-        return value[rows.to(value.device)] if tensor else [value[i] for i in rows.tolist()]
+    def pick(x: Any) -> Any:
+        return x[rows.to(x.device)] if isinstance(x, Tensor) else [x[i] for i in rows.tolist()]
 
     return type(batch)(*map(pick, vars(batch).values()))
 
 
 def join(parts: list[Rollout]) -> Rollout:
     """Rollouts on prompts of one width, one below the other, padded to the longest response."""
-    T = max(part.tokens.shape[1] for part in parts)
-    widen = [{k: torch.nn.functional.pad(getattr(part, k), (0, T - part.tokens.shape[1]))
-              for k in PER_TOKEN} for part in parts]  # fmt: skip
-    wide = [replace(part, **new) for part, new in zip(parts, widen, strict=True)]
-    return Rollout(*map(torch.cat, zip(*(vars(part).values() for part in wide), strict=True)))
+    fields = zip(*(vars(part).values() for part in parts), strict=True)
+    *wide, finished = ([*itertools.chain(*field)] for field in fields)  # a list of rows each
+    return Rollout(*(pad_sequence(x, batch_first=True) for x in wide), torch.stack(finished))
 
 
 def continue_rollout(
@@ -865,10 +838,9 @@ def hidden_states(model: Module, rollout: Rollout, beyond: bool = False) -> Tens
 
     beyond: (B, T + 1, D), with the state after the last token too.
     """
-    ids = torch.cat([rollout.prompt_ids, rollout.tokens], dim=1)
-    seen = torch.cat([rollout.prompt_mask, rollout.mask], dim=1)
-    if not beyond:
-        ids, seen = ids[:, :-1], seen[:, :-1]  # (B, P + T - 1)
+    end = None if beyond else -1  # P + T tokens, or one less
+    ids = torch.cat([rollout.prompt_ids, rollout.tokens], dim=1)[:, :end]
+    seen = torch.cat([rollout.prompt_mask, rollout.mask], dim=1)[:, :end]
     where = dict(attention_mask=seen, position_ids=positions_of(seen))
     padded = not bool(rollout.prompt_mask.all())  # padding on the right is harmless: causal
     out = model.base_model(ids, use_cache=False, **(where if padded else {}))
@@ -2523,7 +2495,7 @@ def print_help() -> None:
 
 
 def parse(argv: list[str]) -> tuple[list[str], dict[str, Any]]:
-    """Words, and fields from `--field value` or `--field=value`, as JSON where they parse."""
+    """Words, and fields from `--field value` or `--field=value`, as JSON unless they are texts."""
     words, fields, rest = [], {}, iter(argv)
     for word in rest:
         if not word.startswith("--"):
