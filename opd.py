@@ -33,7 +33,6 @@ than method (plots, comparisons, token heat maps) lives in notebooks/lab.py.
 import copy
 import difflib
 import hashlib
-import importlib
 import itertools
 import json
 import math
@@ -41,6 +40,7 @@ import os
 import random
 import re
 import resource
+import runpy
 import signal
 import sys
 import time
@@ -51,7 +51,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from decimal import Decimal
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal, get_args
@@ -110,7 +109,7 @@ def opt(default: Any, doc: str, **limits: Any) -> Any:
 
 
 MANY = 2**20  # more rows or tokens than this are a slip of the keyboard
-Support = Literal["full", "student", "teacher", "union", "intersection"]
+Whose = Literal["full", "student", "teacher", "union", "intersection"]
 Tail = Literal["stop_gradient", "generalised", "renormalise", "bucket"]
 
 ANY: list = []  # any value but the field's default
@@ -139,7 +138,7 @@ class Config(BaseModel, extra="forbid", strict=True, frozen=True, allow_inf_nan=
     # models and task
     student: str = opt("tiny_configs/models/student_hasty", "folder or hub name")
     teacher: str | None = opt("tiny_configs/models/teacher", "folder or hub name; null: none")
-    task: str = opt("chain", "chain[/STYLE], synonyms[/student], or a .jsonl file")
+    task: str = opt("chain", "chain[/STYLE], synonyms[/student], or a .jsonl or .py file")
     method: str = opt("opd_full", "names from `python opd.py methods`, joined by +")
     # states: whose text is learned from
     states: Literal["student", "teacher", "data", "mixed"] = opt("student", "who writes the text")
@@ -163,7 +162,7 @@ class Config(BaseModel, extra="forbid", strict=True, frozen=True, allow_inf_nan=
     route: Literal["direct", "policy_gradient"] = opt("direct", "A: divergence, B: log-ratio")
     divergence: Literal["reverse_kl", "forward_kl", "jsd"] = opt("reverse_kl", "what descends")
     beta: float = opt(0.5, "jsd: the teacher's weight in the mixture", gt=0, lt=1)
-    support: Support = opt("full", "route A: the whole vocabulary, or the top_k of one or both")
+    support: Whose = opt("full", "route A: the whole vocabulary, or the top_k of one or both")
     top_k: int = opt(16, "size of supports, candidate sets and overlaps", ge=1, le=MANY)
     tail: Tail = opt("bucket", "what becomes of the mass off the support")
     # route B's credit, and what negative feedback turns into
@@ -366,7 +365,9 @@ def same_model(one: str, other: str) -> bool:
     return Path(find(one)).resolve() == Path(find(other)).resolve()
 
 
-def load_model(name: str, role: str = "student", *, device: str = "cpu", seed: int = 0) -> Module:
+def load_model(
+    name_or_dir: str, role: str = "student", *, device: str = "cpu", seed: int = 0
+) -> Module:
     """A causal LM of transformers, from safetensors only.  role: student, teacher or reference.
 
     The student is fp32 (AdamW in pure bf16 at lr 1e-6 moves nothing [secondary]) and takes
@@ -376,7 +377,7 @@ def load_model(name: str, role: str = "student", *, device: str = "cpu", seed: i
     Raises InputError: no such model, weights that are not safetensors, not a causal LM, or one
     that changes its logits after the output layer (a soft cap, a scale).
     """
-    folder, dtype, who = find(name), torch.float32, f"{role} = {name!r}"
+    folder, dtype, who = find(name_or_dir), torch.float32, f"{role} = {name_or_dir!r}"
     if role != "student" and device != "cpu":
         dtype = torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
     suffixes = {path.suffix for path in Path(folder).glob("*")}  # none for a hub name
@@ -398,10 +399,10 @@ def load_model(name: str, role: str = "student", *, device: str = "cpu", seed: i
     return model
 
 
-def load_tokenizer(name: str, role: str = "student") -> Any:
+def load_tokenizer(name_or_dir: str, role: str = "student") -> Any:
     """The tokenizer of a model folder or hub name; role names it in the InputError if none."""
-    with must(f"{role} = {name!r}", "have a tokenizer"):
-        return AutoTokenizer.from_pretrained(find(name))
+    with must(f"{role} = {name_or_dir!r}", "have a tokenizer"):
+        return AutoTokenizer.from_pretrained(find(name_or_dir))
 
 
 def eos_ids_of(model: Module) -> list[int]:
@@ -526,83 +527,30 @@ def text_task(name: str, tokenizer: Any, max_tokens: int, draw: Any, judge: Any,
     return Task(name, tokenizer, max_tokens, draw, verify, tell and show)
 
 
-def load_task(name: str, tokenizer: Any) -> Task:
-    """A task by name, or from a JSONL file.  InputError for unknown names and broken files.
+def load_task(name_or_jsonl: str, tokenizer: Any) -> Task:
+    """A task by name, or from a file.  InputError for unknown names and broken files.
 
-    chain[/STYLE]    modular arithmetic; STYLE of the demonstrations: careful, gaps, reordered,
-                     terse, guess, long (prompts of 11 tokens, answers of 147), or several joined
-                     by + (a prompt's hash then picks one)
-    synonyms         1,000 symbols, many of which say the same thing; synonyms/student: the law of
-                     a student that has a wrong favourite.  An experiment: it lives in lab.py
-    FILE.jsonl       one {"prompt", "answer"} a line, optionally "response" and "split"
+    NAME[/STYLE]   make_task(name, tokenizer) of tiny_configs/tasks/NAME.py: chain[/STYLE], modular
+                   arithmetic; synonyms[/student], 1,000 symbols of which many mean the same
+    FILE.py        the same, of your own file: any verifier
+    FILE.jsonl     one {"prompt", "answer"} a line, optionally "response" and "split"
     """
-    kind, _, style = name.partition("/")
-    styles = (style or "careful").split("+")
-    if name.endswith(".jsonl"):
-        return jsonl_task(name, tokenizer)
-    if kind == "chain" and {*styles} <= CHAIN_STYLES.keys():
-        return chain_task(name, styles, tokenizer)
-    if name in ("synonyms", "synonyms/teacher", "synonyms/student"):
-        sys.modules.setdefault("opd", sys.modules[__name__])  # lab.py imports this very module
-        sys.path.append(str(HERE / "notebooks"))
-        return importlib.import_module("lab").synonym_task(name, tokenizer)
-    chain = f"chain[/STYLE], STYLE from {', '.join(CHAIN_STYLES)}, joined by +"
-    raise InputError(f"task = {name!r}: must be {chain}, or synonyms[/student], or FILE.jsonl")
+    if name_or_jsonl.endswith(".jsonl"):
+        return jsonl_task(name_or_jsonl, tokenizer)
+    shipped, own = HERE / "tiny_configs/tasks", name_or_jsonl.endswith(".py")
+    file = Path(find(name_or_jsonl)) if own else shipped / f"{name_or_jsonl.partition('/')[0]}.py"
+    known = ", ".join(path.stem for path in sorted(shipped.glob("*.py")))
+    rule = f"be {known}, each with /STYLE or without, or FILE.jsonl, or FILE.py"
+    sys.modules.setdefault("opd", sys.modules[__name__])  # such a file imports this very module
+    with must(f"task = {name_or_jsonl!r}", rule):
+        make_task = runpy.run_path(str(file))["make_task"]
+    return make_task(name_or_jsonl, tokenizer)
 
 
 def need_words(task: str, tokenizer: Any, words: list[str]) -> None:
     """InputError unless each word is one token."""
     missing = sorted({*words} - {*tokenizer.get_vocab()})
     require(not missing, f"task = {task!r}: the student's tokenizer has no token {missing[:1]}")
-
-
-# Chains: `<b> s op d op d ... =`, eight steps mod 7.  An early mistake spoils all that follows.
-CHAIN_MOD, CHAIN_STEPS, CHAIN_TOKENS = 7, 8, 53
-CHAIN_STYLES = {  # how a demonstration writes a step
-    "careful": "{s} {op} {d} = {r} ;",
-    "gaps": "{s} {op} {d} = {r} ;",  # careful, but 22 of 126 facts are unknown: random
-    "reordered": "{op} {d} {s} > {r} |",
-    "terse": "{r} ;",
-    "long": " ".join(["{s} {op} {d} = {r} ;"] * 6),  # four steps, each written six times
-    "guess": None,  # no work at all: `:`, and the start value as the answer
-}
-
-
-def chain_steps(prompt: str, gaps: bool = False) -> list[dict[str, Any]]:
-    """The worked steps of a chain prompt, each s, op, d and result r; gaps: with unknown facts."""
-    _, start, *rest = prompt.split()
-    s, steps = int(start), []
-    for op, d in zip(rest[0:-1:2], map(int, rest[1:-1:2]), strict=True):
-        r = {"+": s + d, "-": s - d, "*": s * d}[op] % CHAIN_MOD
-        if gaps and zlib.crc32(f"fact {s} {op} {d}".encode()) % 5 == 0:
-            r = zlib.crc32(f"{len(steps)} {prompt}".encode()) % CHAIN_MOD
-        steps.append(dict(s=s, op=op, d=d, r=r))
-        s = r
-    return steps
-
-
-def chain_task(name: str, styles: list[str], tokenizer: Any) -> Task:
-    """Modular chains; the verifier reads the token after the first #.  See load_task."""
-    need_words(name, tokenizer, [*map(str, range(CHAIN_MOD)), *"+-*=;#>|:", "<b>", "<e>"])
-
-    hops, tokens = (4, 150) if "long" in styles else (CHAIN_STEPS, CHAIN_TOKENS)
-
-    def make(rng: random.Random) -> tuple[str, str]:
-        steps = (f"{rng.choice('+-*')} {rng.randrange(1, CHAIN_MOD)}" for _ in range(hops))
-        text = " ".join(["<b>", str(rng.randrange(CHAIN_MOD)), *steps, "="])
-        return text, str(chain_steps(text)[-1]["r"])
-
-    def tell(text: str) -> str:
-        style = styles[zlib.crc32(f"style {text}".encode()) % len(styles)]
-        steps, written = chain_steps(text, gaps=style == "gaps"), CHAIN_STYLES[style]
-        work = [written.format(**step) for step in steps] if written else [":"]
-        final = steps[-1]["r"] if written else steps[0]["s"]
-        return " ".join([*work, "#", str(final), "<e>"])
-
-    def judge(response: str, answer: str) -> bool:
-        return response.partition("#")[2].split()[:1] == [answer]
-
-    return text_task(name, tokenizer, tokens, partial(fresh_pairs, make), judge, tell)
 
 
 class Row(BaseModel, strict=True):
@@ -1664,12 +1612,12 @@ class Verdict:
 def check(config: Config) -> Verdict:
     """Will this teacher teach this student?  Samples a little, trains nothing, writes nothing.
 
-    In this order, the first that holds: *other teacher*, where it finishes the student's text (from
-    nothing, or from a prefix) no better than the student; *cold start first*, where on the student's
+    In this order, the first that holds: *other teacher*, where it finishes the student's text
+    (from nothing, or from a prefix) no better than the student; *cold start first*, where on that
     text they rarely agree, or the teacher has little mass on the student's top 4; *shorten the
     horizon*, where only the later text is like that (horizon: where it begins); else *go*.
-    Overlap ratios are shown and decide nothing: on tiny models they mislead.  Nor does the advantage
-    by depth decide the horizon: after a fatal mistake no teacher recovers, and still it teaches.
+    Overlap ratios are shown and decide nothing: on tiny models they mislead.  Nor does the
+    advantage by depth decide the horizon: no teacher recovers from a fatal mistake, yet it teaches.
     [secondary: 2604.13016, the questions; reconstruction: rules and thresholds]
     Raises InputError for models that cannot work together.
     """
@@ -2504,9 +2452,10 @@ def parse(argv: list[str]) -> tuple[list[str], dict[str, Any]]:
         name, equals, text = word[2:].partition("=")
         text = text if equals else next(rest, None)
         require(text is not None, f"{word}: needs a value")
-        fields[name] = None if text.lower() in ("none", "null") else text
-        field = Config.model_fields.get(name)
-        if name != "resume" and not (field and field.annotation in (str, str | None)):
+        kind, fields[name] = getattr(Config.model_fields.get(name), "annotation", None), text
+        if text.lower() in ("none", "null") and type(None) in get_args(kind):
+            fields[name] = None
+        elif name != "resume" and kind not in (str, str | None):
             with suppress(ValueError):
                 fields[name] = json.loads(text.lower())
     return words, fields

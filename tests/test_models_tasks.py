@@ -1,14 +1,17 @@
 """§1: loading, check_pair, the tasks, splits, the shipped tiny models, JSONL."""
 
 import json
+import runpy
 import shutil
 
-import lab
 import pytest
 import torch
 from conftest import ROOT, random_prompts, tiny_llama
 
 import opd
+
+TASKS = ROOT / "tiny_configs" / "tasks"
+CHAIN, SYNONYMS = (runpy.run_path(str(TASKS / f"{name}.py")) for name in ("chain", "synonyms"))
 
 MODELS = ROOT / "tiny_configs" / "models"
 
@@ -135,9 +138,9 @@ def as_rollout(task, prompts, texts):
 
 
 def test_chain_by_hand(world):
-    steps = opd.chain_steps("<b> 3 + 4 * 5 - 6 =")
+    steps = CHAIN["steps_of"]("<b> 3 + 4 * 5 - 6 =")
     assert [tuple(s.values()) for s in steps] == [(3, "+", 4, 0), (0, "*", 5, 0), (0, "-", 6, 1)]
-    show = {k: " ".join(v.format(**s) for s in steps) for k, v in opd.CHAIN_STYLES.items() if v}
+    show = {k: " ".join(v.format(**s) for s in steps) for k, v in CHAIN["STYLES"].items() if v}
     assert show["careful"] == "3 + 4 = 0 ; 0 * 5 = 0 ; 0 - 6 = 1 ;" == show["gaps"]
     assert show["reordered"] == "+ 4 3 > 0 | * 5 0 > 0 | - 6 0 > 1 |"
     assert show["terse"] == "0 ; 0 ; 1 ;"
@@ -146,7 +149,7 @@ def test_chain_by_hand(world):
 def test_gaps_are_the_same_facts_everywhere_and_their_results_are_random(world):
     wrong, right = {}, set()
     for text in world.task.prompts(600).text:
-        for step in opd.chain_steps(text, gaps=True):
+        for step in CHAIN["steps_of"](text, gaps=True):
             fact = (step["s"], step["op"], step["d"])
             a = {"+": fact[0] + fact[2], "-": fact[0] - fact[2], "*": fact[0] * fact[2]}[
                 fact[1]
@@ -198,14 +201,14 @@ def synonyms():
 
 
 def test_synonym_laws_are_laws_with_the_stated_numbers(synonyms):
-    _, ranked, teacher = lab.synonym_laws("teacher")
-    _, _, student = lab.synonym_laws("student")
+    _, ranked, teacher = SYNONYMS["laws_of"]("teacher")
+    _, _, student = SYNONYMS["laws_of"]("student")
     for law in (teacher, student):
         assert law.min() > 0 and law.sum(-1).sub(1).abs().max() < 1e-5
     assert (teacher.gather(-1, ranked[..., :3]).sum(-1) - 0.95).abs().max() < 0.01
     assert (student.gather(-1, ranked[..., :3]) - 1e-3).abs().max() < 1e-4  # rare, but reachable
     assert (student.gather(-1, ranked[..., 3:4]) - 0.78).abs().max() < 0.01  # the wrong favourite
-    assert student[..., -lab.OTHERS :].sum(-1).mean() == pytest.approx(0.2, abs=0.02)
+    assert student[..., -SYNONYMS["OTHERS"] :].sum(-1).mean() == pytest.approx(0.2, abs=0.02)
 
 
 def test_synonym_demonstrations_follow_the_law_and_verify_as_often_as_it_says(synonyms):
