@@ -1602,7 +1602,7 @@ class World:
     tokenizer: Any
     task: Task
     law: dict[str, Any]  # eos_ids, vocab_size: what every `sample` of the run shares
-    bf16: bool | None  # autocast of the student's passes; not: fp32
+    bf16: bool | None  # the student's passes under bf16 autocast; false or None: in fp32
     reference: Module | None = None  # frozen
     critic: Module | None = None  # V(s) from the student's hidden states, for baseline = "value"
 
@@ -1649,11 +1649,11 @@ def load_world(config: Config) -> World:
     student = load_model(config.student, device=device, seed=config.seed)
     law = dict(eos_ids=eos_ids_of(student), vocab_size=max(tokenizer.get_vocab().values()) + 1)
     fits = f"top_k = {config.top_k}: must be at most the vocabulary's {law['vocab_size']}"
-    bf16 = config.precision == "auto" and cuda and torch.cuda.is_bf16_supported()
-    bf16 = bf16 or config.precision == "bf16"
+    able = cuda and torch.cuda.is_bf16_supported()
+    bf16 = dict(auto=able, bf16=True, fp32=False)[config.precision]
     world = World(student, None, tokenizer, task, law, bf16)
-    own_start = config.student if config.reference == "student" else config.reference
-    for role, name in dict(teacher=config.teacher, reference=own_start).items():
+    reference = config.student if config.reference == "student" else config.reference
+    for role, name in dict(teacher=config.teacher, reference=reference).items():
         if name is not None:
             model = load_model(name, role, device=device)
             setattr(world, role, model.float() if config.precision == "fp32" else model)
@@ -1785,8 +1785,8 @@ def token_table(config: Config, rollout: Rollout, right: Tensor) -> dict[str, Te
         right = leave_one_out(right, config.samples_per_prompt)
     table = dict(action=rollout.tokens, engine=rollout.logprobs, weight=weight)
     table |= {name: torch.zeros_like(weight) for name in ("before", "baseline", "overlap")}
-    table |= dict(advantage=right[:, None].expand_as(weight).clone())
-    return table | dict(emphasis=torch.ones_like(weight))
+    advantage = right[:, None].expand_as(weight).clone()
+    return table | dict(advantage=advantage, emphasis=torch.ones_like(weight))
 
 
 def first_look(c: Config, table: dict, at: Any, logp: Tensor, logq: Tensor | None) -> None:
@@ -2003,7 +2003,7 @@ def evaluate(
 
     The noise is fixed by the prompts' order, so two models meet the same luck and a call repeats
     exactly.  Returns accuracy, low, high (95%), n.  rows: prompts a batch; said: an empty list that
-    receives (response text, right); law: eos_ids, vocab_size.
+    receives (prompt, response, answer, right); law: eos_ids, vocab_size.
     """
     noise = torch.rand(len(prompts.text), task.max_tokens, generator=keyed_generator("evaluation"))
     law |= dict(horizon=task.max_tokens, temperature=0.0 if greedy else 1.0)
@@ -2012,9 +2012,9 @@ def evaluate(
     for part in tqdm(parts, desc="evaluation", leave=False, disable=None):
         some = take(prompts, part)
         rollout = sample(model, some, noise=noise[part], **law)
-        right = task.verify(some, rollout).tolist()
-        said += zip(response_texts(task.tokenizer, rollout), right, strict=True)
-    return wilson(sum(right for _, right in said), len(said))
+        texts, right = response_texts(task.tokenizer, rollout), task.verify(some, rollout).tolist()
+        said += zip(some.text, texts, some.answer, right, strict=True)
+    return wilson(sum(right for *_, right in said), len(said))
 
 
 def wilson(right: int, n: int, z: float = 1.959964) -> dict[str, float]:
@@ -2027,9 +2027,8 @@ def wilson(right: int, n: int, z: float = 1.959964) -> dict[str, float]:
 
 def final_evaluation(config: Config, world: World, model: Module) -> dict[str, float]:
     """Accuracy on the held-out test prompts: sampled, with its interval; greedy beside it."""
-    prompts = world.task.prompts(config.eval_prompts, "test")
-    greedy = measure(config, world, model, prompts, greedy=True)["accuracy"]
-    return measure(config, world, model, prompts) | dict(greedy=greedy)
+    test = partial(measure, config, world, model, world.task.prompts(config.eval_prompts, "test"))
+    return test() | dict(greedy=test(greedy=True)["accuracy"])
 
 
 def measure(config: Config, world: World, model: Module, prompts: Prompts, **law: Any) -> dict:
@@ -2044,10 +2043,9 @@ def validate(config: Config, world: World, step: int, file: Path) -> float:
     prompts, said = world.task.prompts(VALIDATION_PROMPTS, "validation"), []
     found = measure(config, world, world.student, prompts, said=said)
     shown = f"What the student writes after step {step}, on validation prompts\n"
-    rows = zip(prompts.text, said, prompts.answer, strict=True)
-    for prompt, (text, right), answer in itertools.islice(rows, SHOWN_SAMPLES):
+    for prompt, response, answer, right in said[:SHOWN_SAMPLES]:
         verdict = "right" if right else "wrong"
-        shown += f"\nprompt    {prompt}\nresponse  {text}\nanswer    {answer} {verdict}\n"
+        shown += f"\nprompt    {prompt}\nresponse  {response}\nanswer    {answer} {verdict}\n"
     write_atomically(file, shown)
     return found["accuracy"]
 
@@ -2273,7 +2271,7 @@ def report(run_dir: str | Path) -> dict[str, Any]:
         config = json.loads((folder / "config.json").read_text())
         result = json.loads((folder / "result.json").read_text())
     versions = dict(torch=torch.__version__, transformers=transformers.__version__)
-    versions["python"] = sys.version.split()[0]
+    versions |= dict(python=sys.version.split()[0])
     card = dict(run=folder.name, config=config, result=result, versions=versions)
     write_atomically(folder / "report.json", json.dumps(card, indent=1))
     row = "| {} | {accuracy:.3f} | {low:.3f} to {high:.3f} | {greedy:.3f} | {n} |"
