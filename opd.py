@@ -1316,7 +1316,7 @@ def horizon_at(step: int, config: Config, history: list[dict] | None = None) -> 
     history: the rows of metrics.jsonl so far, so that a resumed run goes on where it was.
     """
     require(config.max_tokens, "max_tokens = null: set it (training takes the task's own)")
-    end = config.max_tokens if config.horizon is None else config.horizon
+    end = config.horizon or config.max_tokens
     end = round(end * config.max_tokens) if isinstance(end, float) else end
     end = max(1, min(end, config.max_tokens))
     whole = round(config.growth * config.steps, 9)  # 0.55 * 100 is a little more than 55
@@ -1354,32 +1354,27 @@ def reading_flops(model: Module, rollout: Rollout, heads: int = 1) -> float:
     return forward_flops(model, B * length, B * length**2, heads * n)
 
 
-def writing_flops(
-    model: Module | None, rollout: Rollout, rows: Any = slice(None), first: int = 0,
-    last: int = MANY,
-) -> float:  # fmt: skip
-    """FLOPs of sampling tokens first .. last of some rows: what is there once, then the cache."""
-    n = (rollout.mask[rows].sum(1).clamp(max=last) - first).double()
-    n, P = n[n > 0], rollout.prompt_ids.shape[1] + first
-    B, tokens, cached = len(n), float(n.sum()), float(((n - 1) * P + n * (n - 1) / 2).sum())
-    return forward_flops(model, B * P + tokens - B, B * P * P + cached, tokens) if B else 0.0
+def writing_flops(model: Module, context: int, drawn: Tensor) -> float:
+    """FLOPs of sampling: drawn (b, n), true on the tokens; first the context, then the cache."""
+    n = drawn.sum(1).double()
+    n = n[n > 0]  # (rows that wrote,)
+    positions, pairs = context + n - 1, context**2 + (n - 1) * context + n * (n - 1) / 2
+    return forward_flops(model, *(float(x.sum()) for x in (positions, pairs, n)))
 
 
 def step_flops(config: Config, world: "World", rollout: Rollout, step: int) -> dict[str, float]:
     """FLOPs of a step by part: sample (text that nobody sampled is free), score, update."""
-    student, teacher, prefix = world.student, world.teacher, config.teacher_prefix
-    drawn = (rollout.mask & rollout.logprobs.isfinite()).any(1)  # (B,)
-    mine = student_rows(config, step).to(drawn.device) & drawn
-    frozen = (teacher if config.feedback == "teacher" else None, world.reference)
+    P, prefix = rollout.prompt_ids.shape[1], config.teacher_prefix
+    drawn = rollout.mask & rollout.logprobs.isfinite()  # (B, T)
+    mine = luck(config, step)[1].to(drawn.device)
     heads = config.updates_per_rollout + looks_ahead(config)  # a frozen body is read once
+    sample = writing_flops(world.student, P + prefix, drawn[mine, prefix:])
+    if world.teacher is not None:
+        sample += writing_flops(world.teacher, P, drawn[mine, :prefix])
+        sample += writing_flops(world.teacher, P, drawn[~mine])
+    score = sum(reading_flops(m, rollout, heads) for m in world.frozen(config) if m is not None)
     passes = heads + 2 * config.updates_per_rollout
-    return dict(
-        sample=writing_flops(teacher, rollout, mine, 0, prefix)
-        + writing_flops(student, rollout, mine, prefix)
-        + writing_flops(teacher, rollout, drawn & ~mine),
-        score=sum(reading_flops(model, rollout, heads) for model in frozen if model is not None),
-        update=passes * reading_flops(student, rollout),
-    )
+    return dict(sample=sample, score=score, update=passes * reading_flops(world.student, rollout))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1686,19 +1681,21 @@ class World:
     tokenizer: Any
     task: Task
     law: dict[str, Any]  # eos_ids, vocab_size: what every `sample` of the run shares
-    autocast: torch.dtype | None  # of the student's passes; None: fp32
+    bf16: bool | None  # the student's passes under bf16 autocast; false or None: in fp32
     reference: Module | None = None  # frozen
     critic: Module | None = None  # V(s) from the student's hidden states, for baseline = "value"
 
     def precision(self) -> Any:
         """The student's autocast context."""
-        on, kind = self.autocast is not None, self.student.device.type
-        return torch.autocast(kind, dtype=self.autocast or torch.bfloat16, enabled=on)
+        return torch.autocast(self.student.device.type, torch.bfloat16, enabled=bool(self.bf16))
+
+    def frozen(self, config: Config) -> tuple[Module | None, Module | None]:
+        """The models whose laws a step reads: the teacher, if it judges, and the reference."""
+        return self.teacher if config.feedback == "teacher" else None, self.reference
 
     def trained(self) -> torch.nn.ModuleDict:
-        """What learns, by name: the student and, where there is one, the critic."""
-        parts = dict(student=self.student, critic=self.critic)
-        return torch.nn.ModuleDict({name: part for name, part in parts.items() if part is not None})
+        """What learns, by name: the student and, where there is one (None has none), the critic."""
+        return torch.nn.ModuleDict(dict(student=self.student, critic=self.critic))
 
 
 @dataclass
@@ -1722,34 +1719,31 @@ def load_world(config: Config) -> World:
     device, tokenizer = "cuda" if cuda else "cpu", load_tokenizer(config.student)
     task = load_task(config.task, tokenizer)
     task.max_tokens = config.max_tokens or task.max_tokens
-    law = f"feedback = 'law': needs a task with an exact law, not {config.task!r}"
-    require(config.feedback != "law" or task.law, law)
+    lawless = f"feedback = 'law': needs a task with an exact law, not {config.task!r}"
+    require(config.feedback != "law" or task.law, lawless)
     for split in SPLITS if config.eval_every else ("train", "test"):
         some = task.prompts(1, split)
         if "data" in (config.states, config.states == "mixed" and config.off_policy):
             task.demonstrations(some)
     student = load_model(config.student, device=device, seed=config.seed)
-    vocab_size, eos_ids, critic = max(tokenizer.get_vocab().values()) + 1, eos_ids_of(student), None
+    law = dict(eos_ids=eos_ids_of(student), vocab_size=max(tokenizer.get_vocab().values()) + 1)
+    fits = f"top_k = {config.top_k}: must be at most the vocabulary's {law['vocab_size']}"
+    able = cuda and torch.cuda.is_bf16_supported()
+    bf16 = dict(auto=able, bf16=True, fp32=False)[config.precision]
+    world = World(student, None, tokenizer, task, law, bf16)
     reference = config.student if config.reference == "student" else config.reference
-    frozen = dict(teacher=config.teacher, reference=reference)
-    for role, name in frozen.items():
+    for role, name in dict(teacher=config.teacher, reference=reference).items():
         if name is not None:
-            model = frozen[role] = load_model(name, role, device=device)
-            model = model.float() if config.precision == "fp32" else model
-            other = load_tokenizer(name, role)
-            vocab_size = min(vocab_size, check_pair(student, model, tokenizer, other))
-            eos_ids = sorted({*eos_ids, *eos_ids_of(model)})
-    fits = config.top_k <= vocab_size
-    require(fits, f"top_k = {config.top_k}: must be at most the vocabulary's {vocab_size}")
+            model = load_model(name, role, device=device)
+            setattr(world, role, model.float() if config.precision == "fp32" else model)
+            check_pair(student, model, tokenizer, load_tokenizer(name, role))
+            law["eos_ids"] = sorted({*law["eos_ids"], *eos_ids_of(model)})
+    require(config.top_k <= law["vocab_size"], fits)
     if config.baseline == "value":
-        critic = torch.nn.Linear(student.get_input_embeddings().embedding_dim, 1, device=device)
-        for parameter in critic.parameters():
-            torch.nn.init.zeros_(parameter)
-    bf16 = config.precision == "auto" and cuda and torch.cuda.is_bf16_supported()
-    autocast = torch.bfloat16 if bf16 or config.precision == "bf16" else None
-    law = dict(eos_ids=eos_ids, vocab_size=vocab_size)
-    return World(student, frozen["teacher"], tokenizer, task, law, autocast,
-                 frozen["reference"], critic)  # fmt: skip
+        width = student.get_input_embeddings().embedding_dim
+        world.critic = torch.nn.Linear(width, 1, device=device)
+        world.critic.load_state_dict(dict(weight=torch.zeros(1, width), bias=torch.zeros(1)))
+    return world
 
 
 def make_optimizer(config: Config, world: World) -> AdamW:
@@ -1773,15 +1767,10 @@ def step_prompts(config: Config, task: Task, step: int) -> Prompts:
 
 
 def luck(config: Config, step: int) -> tuple[Tensor, Tensor]:
-    """A step's uniforms: noise (batch_size, max_tokens) of tokens, a coin (batch_size,) a row."""
+    """A step's chance: noise (batch_size, max_tokens); (batch_size,) bool, the student's rows."""
     g, B = keyed_generator(config.seed, "noise", step), config.batch_size
-    return torch.rand(B, config.max_tokens, generator=g), torch.rand(B, generator=g)
-
-
-def student_rows(config: Config, step: int) -> Tensor:
-    """Which rows of a step the student writes: (B,) bool."""
     share = dict(student=1.0, mixed=config.student_share).get(config.states, 0.0)
-    return luck(config, step)[1] < share
+    return torch.rand(B, config.max_tokens, generator=g), torch.rand(B, generator=g) < share
 
 
 def make_states(config: Config, world: World, prompts: Prompts, step: int, horizon: int) -> Rollout:
@@ -1792,29 +1781,27 @@ def make_states(config: Config, world: World, prompts: Prompts, step: int, horiz
     [secondary]; one for each row is ours, same expectation [reconstruction]).  teacher_prefix: the
     teacher writes the first tokens, the student goes on.
     """
-    noise, _ = luck(config, step)
+    noise, mine = luck(config, step)
 
     def write(who: str, rows: Tensor) -> Rollout:
         some, prefix = take(prompts, rows), min(config.teacher_prefix, horizon)
         law = dict(noise=noise[rows], temperature=config.temperature, **world.law)
+        own = dict(law, horizon=horizon, top_p=config.top_p)
         if who == "data":
             rollout = demonstrated(world.task, some, horizon)
             return Rollout(*(x.to(world.student.device) for x in vars(rollout).values()))
         if who == "teacher":
             return sample(world.teacher, some, horizon=horizon, **law)
-        own = dict(horizon=horizon, top_p=config.top_p, **law)
         with world.precision():
             if prefix == 0:
                 return sample(world.student, some, **own)
             head = sample(world.teacher, some, horizon=prefix, **law)
             return continue_rollout(world.student, head, prefix, **own)
 
-    if config.states != "mixed":
-        return write(config.states, torch.arange(config.batch_size))
-    mine = student_rows(config, step)
-    rows = {"student": mine.nonzero().squeeze(1), config.off_policy: (~mine).nonzero().squeeze(1)}
-    parts = [write(who, those) for who, those in rows.items() if len(those)]
-    return take(join(parts), torch.cat([*rows.values()]).argsort())
+    other = config.off_policy if config.states == "mixed" else config.states
+    turns = [("student", mine.nonzero().squeeze(1)), (other, (~mine).nonzero().squeeze(1))]
+    parts = [write(who, rows) for who, rows in turns if len(rows)]
+    return take(join(parts), torch.cat([rows for _, rows in turns]).argsort())
 
 
 def micro_batches(config: Config) -> tuple[Tensor, ...]:
@@ -1839,11 +1826,10 @@ def score_chunks(
     part, size = take(rollout, rows), world.law["vocab_size"]
     law = dict(temperature=config.temperature, vocab_size=size)
     row, column = part.mask.nonzero(as_tuple=True)  # N tokens
-    frozen = (world.teacher if config.feedback == "teacher" else None, world.reference)
+    frozen, key = world.frozen(config), int(rows[0])
     with torch.no_grad():
-        if int(rows[0]) not in kept:
-            hidden = [model and hidden_states(model, part)[row, column] for model in frozen]
-            kept[int(rows[0])] = hidden  # (N, D) each
+        if key not in kept:  # (N, D) each
+            kept[key] = [model and hidden_states(model, part)[row, column] for model in frozen]
         exact = world.task.law(part)[row, column] if config.feedback == "law" else None
     lap("score_s")
     with world.precision():
@@ -1853,7 +1839,7 @@ def score_chunks(
     for n in torch.arange(len(row), device=row.device).split(chunk):
         lap("update_s")
         with torch.no_grad():
-            pairs = zip(frozen, kept[int(rows[0])], strict=True)
+            pairs = zip(frozen, kept[key], strict=True)
             logq, logref = (model and law_of(model, hidden[n], **law) for model, hidden in pairs)
             logq = logq if exact is None else exact[n]
             if config.reward_scale != 1:
@@ -1867,14 +1853,19 @@ def score_chunks(
 
 
 def token_table(config: Config, rollout: Rollout, right: Tensor) -> dict[str, Tensor]:
-    """What is known of each token, name -> (B, T), before any model has scored it."""
+    """What is known of each token, name -> (B, T), before any model has scored it.
+
+    The advantage is the verifier's, 1 for a right response, 0 for a wrong one, less the baseline;
+    where a model judges, `first_look` replaces it.
+    """
     weight = token_weights(rollout.mask, config.aggregation)
-    blank, reward = torch.zeros_like(weight), verifier_reward(config, right).to(weight)
-    return dict(
-        action=rollout.tokens, engine=rollout.logprobs, weight=weight, emphasis=blank + 1,
-        advantage=blank + reward[:, None], before=blank, overlap=blank.clone(),
-        baseline=blank.clone(),
-    )  # fmt: skip
+    right = right.to(weight)
+    if config.baseline == "leave_one_out":
+        right = leave_one_out(right, config.samples_per_prompt)
+    table = dict(action=rollout.tokens, engine=rollout.logprobs, weight=weight)
+    table |= {name: torch.zeros_like(weight) for name in ("before", "baseline", "overlap")}
+    advantage = right[:, None].expand_as(weight).clone()
+    return table | dict(advantage=advantage, emphasis=torch.ones_like(weight))
 
 
 def first_look(c: Config, table: dict, at: Any, logp: Tensor, logq: Tensor | None) -> None:
@@ -1909,35 +1900,35 @@ def look_ahead(
     Changes the table's advantage and emphasis.  With a critic: its gradient is left in place, and
     its loss, half the squared error to the GAE target, is returned (else 0).
     """
-    mask, critic, values, loss = rollout.mask, world.critic, [], 0.0
+    mask, critic, values, loss = rollout.mask, world.critic, [], torch.tensor(0.0)
     for rows in micro_batches(config):
+        with torch.no_grad(), world.precision():
+            states = hidden_states(world.student, take(rollout, rows), beyond=True)
         with torch.no_grad():
-            with world.precision():
-                states = hidden_states(world.student, take(rollout, rows), beyond=True)
             for at, *laws in score_chunks(config, world, rollout, rows, kept, lap, states[:, :-1]):
                 first_look(config, table, at, *laws[:2])
         if critic:
             values.append(critic(states.float()).squeeze(-1))
-    reward = table["advantage"]  # (B, T)
-    strength, low = config.weight_strength, config.overlap_threshold
+    reward, strength = table["advantage"], config.weight_strength  # (B, T)
     if config.weighting == "position":
         table["emphasis"] *= position_weights(reward, mask, strength)
     if config.weighting == "overlap":
-        table["emphasis"] *= prune_weights(table["overlap"], mask, low, strength) + PRUNE_BASE
+        weights = prune_weights(table["overlap"], mask, config.overlap_threshold, strength)
+        table["emphasis"] *= weights + PRUNE_BASE
     table["advantage"] = discounted_return(reward, mask, config.gamma)
     if critic:
         value = torch.cat(values)  # (B, T + 1)
         after = value.gather(1, mask.sum(1, keepdim=True)).squeeze(1)  # (B,)
         after = torch.where(rollout.finished, 0.0, after)
-        credit = gae(reward, value[:, :-1], mask, config.gamma, config.gae_lambda, after)
-        error = masked_mean((value[:, :-1] - credit[1]) ** 2, mask) / 2
-        error.backward()
-        loss = error.item()
+        value = value[:, :-1]
+        credit, target = gae(reward, value, mask, config.gamma, config.gae_lambda, after)
+        loss = masked_mean((value - target) ** 2, mask) / 2
+        loss.backward()
         if step >= config.value_warmup:
-            table["advantage"] = credit[0]
+            table["advantage"] = credit
     if config.baseline == "leave_one_out":
         table["advantage"] = leave_one_out(table["advantage"], config.samples_per_prompt)
-    return loss
+    return loss.item()
 
 
 def token_loss(
@@ -1980,12 +1971,6 @@ def direct_loss(c: Config, logp: Tensor, logq: Tensor) -> Tensor:
         return {"reverse_kl": reverse_kl, "forward_kl": forward_kl}[c.divergence](logp, logq)
     kind = {"reverse_kl": truncated_reverse_kl, "forward_kl": truncated_forward_kl}[c.divergence]
     return kind(logp, logq, top_k_support(logp.detach(), logq, c.top_k, c.support), c.tail)
-
-
-def verifier_reward(config: Config, right: Tensor) -> Tensor:
-    """1 for a right response, 0 for a wrong one, less the baseline: (B,) -> (B,)."""
-    loo = config.baseline == "leave_one_out" and config.feedback == "verifier"
-    return leave_one_out(right.float(), config.samples_per_prompt) if loo else right.float()
 
 
 def lr_at(step: int, config: Config) -> float:
@@ -2053,36 +2038,28 @@ def add_diagnostics(
     c: Config, sums: Counter, now: dict, loss: float, logp: Tensor, logq: Tensor | None
 ) -> None:
     """Add a chunk's loss and its sums over tokens: entropies, KL, reward, open gates, weights."""
-    p, dot = logp.detach().exp(), torch.linalg.vecdot
-    sums["loss"] += loss
-    sums["entropy"] -= float(dot(p, logp).sum())
-    sums["weight"] += float(now["emphasis"].sum())
-    if logq is None:
-        return
-    reward = log_ratio_reward(of_tokens(logp, now["action"]), of_tokens(logq, now["action"]))
-    sums["kl"] += float(dot(p, logp - logq).sum())
-    sums["teacher_entropy"] -= float(dot(logq.exp(), logq).sum())
-    sums["reward"] += float(reward.sum())
-    sums["unsupported"] += float(torch.where(logq < math.log(UNSUPPORTED), p, 0.0).sum())
-    gated = now["advantage"] < now["baseline"]
-    if c.negative == "route":
-        reach = dict(top_k=c.top_k, min_prob=c.min_prob)
-        gated &= routing_target(logp, logq, now["action"], **reach)[1]
-    if c.entropy_threshold is not None:
-        gated = entropy_gate(logq, c.entropy_threshold)
-    sums["gated"] += float(gated.sum())
+    p, dot, action = logp.detach().exp(), torch.linalg.vecdot, now["action"]
+    found = dict(entropy=-dot(p, logp), weight=now["emphasis"])
+    if logq is not None:
+        gated = now["advantage"] < now["baseline"]
+        if c.negative == "route":
+            gated &= routing_target(logp, logq, action, top_k=c.top_k, min_prob=c.min_prob)[1]
+        if c.entropy_threshold is not None:
+            gated = entropy_gate(logq, c.entropy_threshold)
+        found |= dict(kl=dot(p, logp - logq), teacher_entropy=-dot(logq.exp(), logq), gated=gated)
+        found["reward"] = log_ratio_reward(of_tokens(logp, action), of_tokens(logq, action))
+        found["unsupported"] = torch.where(logq < math.log(UNSUPPORTED), p, 0.0)
+    sums.update(loss=loss, **{name: float(values.sum()) for name, values in found.items()})
 
 
 def step_metrics(
     c: Config, world: World, step: int, horizon: int, rollout: Rollout, right: Tensor, sums: Counter
 ) -> dict[str, Any]:
     """A row of metrics.jsonl but for what the loop adds; null where the run has no such value."""
-    tokens, device, updates = int(rollout.mask.sum()), world.student.device, c.updates_per_rollout
-    gpu, means = (
-        device.type == "cuda",
-        ("kl", "reward", "entropy", "teacher_entropy", "unsupported", "gated", "weight"),
-    )
-    peak = torch.cuda.max_memory_allocated(device) if gpu else peak_memory()
+    tokens, gpu = int(rollout.mask.sum()), world.student.device.type == "cuda"
+    kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # on a Mac: bytes
+    peak = kilobytes * (1 if sys.platform == "darwin" else 1024)
+    means = ("kl", "reward", "entropy", "teacher_entropy", "unsupported", "gated", "weight")
     return dict(
         step=step + 1, loss=sums["loss"], grad_norm=sums["grad_norm"], lr=lr_at(step, c),
         value_loss=sums.get("value_loss") if c.baseline == "value" else None,
@@ -2091,15 +2068,10 @@ def step_metrics(
         finished=float(rollout.finished.float().mean()),
         tokens_sampled=int((rollout.mask & ~rollout.logprobs.isnan()).sum()),
         tokens_scored=tokens * (c.feedback == "teacher"),
-        tokens_trained=tokens * updates, memory_mb=peak / 2**20, extrapolated=None,
+        tokens_trained=tokens * c.updates_per_rollout, extrapolated=None,
+        memory_mb=(torch.cuda.max_memory_allocated() if gpu else peak) / 2**20,
         **{f"flop_{part}": flop for part, flop in step_flops(c, world, rollout, step).items()},
     )  # fmt: skip
-
-
-def peak_memory() -> int:
-    """Largest resident memory of this process so far, in bytes."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def evaluate(
@@ -2110,7 +2082,7 @@ def evaluate(
 
     The noise is fixed by the prompts' order, so two models meet the same luck and a call repeats
     exactly.  Returns accuracy, low, high (95%), n.  rows: prompts a batch; said: an empty list that
-    receives (response text, right); law: eos_ids, vocab_size.
+    receives (prompt, response, answer, right); law: eos_ids, vocab_size.
     """
     noise = torch.rand(len(prompts.text), task.max_tokens, generator=keyed_generator("evaluation"))
     law |= dict(horizon=task.max_tokens, temperature=0.0 if greedy else 1.0)
@@ -2119,9 +2091,9 @@ def evaluate(
     for part in tqdm(parts, desc="evaluation", leave=False, disable=None):
         some = take(prompts, part)
         rollout = sample(model, some, noise=noise[part], **law)
-        right = task.verify(some, rollout).tolist()
-        said += zip(response_texts(task.tokenizer, rollout), right, strict=True)
-    return wilson(sum(right for _, right in said), len(said))
+        texts, right = response_texts(task.tokenizer, rollout), task.verify(some, rollout).tolist()
+        said += zip(some.text, texts, some.answer, right, strict=True)
+    return wilson(sum(right for *_, right in said), len(said))
 
 
 def wilson(right: int, n: int, z: float = 1.959964) -> dict[str, float]:
@@ -2134,9 +2106,8 @@ def wilson(right: int, n: int, z: float = 1.959964) -> dict[str, float]:
 
 def final_evaluation(config: Config, world: World, model: Module) -> dict[str, float]:
     """Accuracy on the held-out test prompts: sampled, with its interval; greedy beside it."""
-    prompts = world.task.prompts(config.eval_prompts, "test")
-    greedy = measure(config, world, model, prompts, greedy=True)["accuracy"]
-    return measure(config, world, model, prompts) | dict(greedy=greedy)
+    test = partial(measure, config, world, model, world.task.prompts(config.eval_prompts, "test"))
+    return test() | dict(greedy=test(greedy=True)["accuracy"])
 
 
 def measure(config: Config, world: World, model: Module, prompts: Prompts, **law: Any) -> dict:
@@ -2151,10 +2122,9 @@ def validate(config: Config, world: World, step: int, file: Path) -> float:
     prompts, said = world.task.prompts(VALIDATION_PROMPTS, "validation"), []
     found = measure(config, world, world.student, prompts, said=said)
     shown = f"What the student writes after step {step}, on validation prompts\n"
-    rows = zip(prompts.text, said, prompts.answer, strict=True)
-    for prompt, (text, right), answer in itertools.islice(rows, SHOWN_SAMPLES):
+    for prompt, response, answer, right in said[:SHOWN_SAMPLES]:
         verdict = "right" if right else "wrong"
-        shown += f"\nprompt    {prompt}\nresponse  {text}\nanswer    {answer} {verdict}\n"
+        shown += f"\nprompt    {prompt}\nresponse  {response}\nanswer    {answer} {verdict}\n"
     write_atomically(file, shown)
     return found["accuracy"]
 
@@ -2211,7 +2181,7 @@ def candidate_score(config: Config, world: World, costs: dict[str, Any]) -> Call
             rollout = sample(model, prompts, horizon=length, noise=noise, **world.law)
             tokens = int(rollout.mask.sum())
             costs["tokens_sampled"] += tokens
-            costs["flop_sample"] += writing_flops(model, rollout)
+            costs["flop_sample"] += writing_flops(model, prompts.ids.shape[1], rollout.mask)
             if not by_kl:
                 return float(world.task.verify(prompts, rollout).float().mean())
             costs["tokens_scored"] += tokens
@@ -2228,11 +2198,9 @@ def save_checkpoint(run: Run, world: World, optimizer: AdamW) -> None:
 
     One file, written beside the old one and renamed over it: a crash leaves either of them whole.
     """
-    file, tensors = run.dir / CHECKPOINT, {}
+    file, tensors = run.dir / CHECKPOINT, {f"base.{name}": w for name, w in run.base.items()}
     for name, parameter in world.trained().named_parameters():
         own = dict(weight=parameter.detach(), **optimizer.state[parameter])  # step, exp_avg, ...
-        if run.config.extrapolate != "none" and name.startswith("student."):
-            own["base"] = run.base[name.removeprefix("student.")]
         tensors |= {f"{kind}.{name}": value for kind, value in own.items()}
     save_file(tensors, f"{file}.part", metadata={"state": json.dumps(run.result)})
     os.replace(f"{file}.part", file)
@@ -2241,18 +2209,18 @@ def save_checkpoint(run: Run, world: World, optimizer: AdamW) -> None:
 @torch.no_grad()
 def load_checkpoint(run: Run, world: World, optimizer: AdamW) -> None:
     """Put a checkpoint's weights, moments and result in place.  InputError when it is damaged."""
-    file, trained = run.dir / CHECKPOINT, world.trained()
-    with must(f"resume: {file}", "be whole, it is damaged; start the run again"):
-        with safe_open(file, framework="pt") as saved:
-            run.result = json.loads(saved.metadata()["state"])
-            for key in saved.keys():
-                kind, name = key.split(".", 1)
-                optimizer.state[trained.get_parameter(name)][kind] = saved.get_tensor(key)
-    for name, parameter in trained.named_parameters():
-        own = optimizer.state[parameter]
-        parameter.copy_(own.pop("weight"))
-        if "base" in own:
-            run.base[name.removeprefix("student.")] = own.pop("base").to(parameter.device)
+    file, trained = run.dir / CHECKPOINT, dict(world.trained().named_parameters())
+    rule = "be whole, it is damaged; start the run again"
+    with must(f"resume: {file}", rule), safe_open(file, framework="pt") as saved:
+        run.result = json.loads(saved.metadata()["state"])
+        for key in saved.keys():
+            kind, name = key.split(".", 1)
+            if kind == "base":
+                run.base[name] = saved.get_tensor(key)
+            elif kind == "weight":
+                trained[name].copy_(saved.get_tensor(key))
+            else:
+                optimizer.state[trained[name]][kind] = saved.get_tensor(key)
     optimizer.load_state_dict(optimizer.state_dict())  # the moments go to their weights' device
 
 
@@ -2311,7 +2279,8 @@ def train(config: Config, resume: str | Path | None = None) -> Run:
     start = dict(seed=config.seed, method=config.method, steps=0, seconds=0.0, stopped=None)
     start["tokens"] = dict(sampled=0, scored=0, trained=0)
     start["flop"] = dict(sample=0.0, score=0.0, update=0.0)
-    run = Run(folder, config, start, world.student, weights_of(world.student))
+    base = {} if config.extrapolate == "none" else weights_of(world.student)
+    run = Run(folder, config, start, world.student, base)
     try:
         if (folder / CHECKPOINT).exists():
             load_checkpoint(run, world, optimizer)
@@ -2381,7 +2350,7 @@ def report(run_dir: str | Path) -> dict[str, Any]:
         config = json.loads((folder / "config.json").read_text())
         result = json.loads((folder / "result.json").read_text())
     versions = dict(torch=torch.__version__, transformers=transformers.__version__)
-    versions["python"] = sys.version.split()[0]
+    versions |= dict(python=sys.version.split()[0])
     card = dict(run=folder.name, config=config, result=result, versions=versions)
     write_atomically(folder / "report.json", json.dumps(card, indent=1))
     row = "| {} | {accuracy:.3f} | {low:.3f} to {high:.3f} | {greedy:.3f} | {n} |"
