@@ -41,7 +41,9 @@ import random
 import re
 import resource
 import runpy
+import shutil
 import signal
+import subprocess
 import sys
 import time
 import warnings
@@ -127,6 +129,8 @@ NEEDS: list[tuple[dict[str, list], dict[str, list]]] = [  # fields with such val
     (dict(support=ANY, weighting=ANY, entropy_threshold=ANY), dict(feedback=SCORED)),
     (dict(reward_scale=ANY, schedule=["adaptive"], stop_kl=ANY), dict(feedback=SCORED)),
     (dict(importance_cap=ANY), dict(states=["student"], teacher_prefix=[0])),
+    (dict(aligned=ANY), dict(states=["student", "teacher"])),
+    (dict(cold_start=ANY), dict(schedule=["fixed", "linear", "staircase"])),
     (dict(extrapolate=["kl"]), dict(feedback=["teacher"])),
     (dict(tail=["stop_gradient", "generalised"]), dict(divergence=["reverse_kl", "jsd"])),
 ]
@@ -148,6 +152,11 @@ class Config(BaseModel, extra="forbid", strict=True, frozen=True, allow_inf_nan=
     batch_size: int = opt(64, "responses a step", ge=1, le=MANY)
     samples_per_prompt: int = opt(1, "responses to each prompt; divides batch_size", ge=1)
     prompt_pool: int | None = opt(None, "distinct training prompts; null: all", ge=1, le=MANY)
+    aligned: str | None = opt(None, "prompts the teacher knows: confidence, or a task or file")
+    aligned_share: float = opt(
+        1.0, "aligned: share of such prompts; the others are the task's", gt=0, le=1
+    )
+    cold_start: int = opt(0, "steps that first imitate the teacher's right responses", ge=0)
     temperature: float = opt(1.0, "of sampling and of both models' scores", ge=0.01, le=100)
     top_p: float = opt(1.0, "nucleus of the student's sampling", gt=0, le=1)
     horizon: int | float | None = opt(None, "tokens, or a share of max_tokens; null: all")
@@ -197,8 +206,6 @@ class Config(BaseModel, extra="forbid", strict=True, frozen=True, allow_inf_nan=
     lr: float = opt(3e-4, "AdamW's peak learning rate", gt=0, le=10)
     warmup: int = opt(10, "steps of linear warm-up", ge=0)
     decay: float = opt(1.0, "last share of the steps, with linear decay to 0", ge=0, le=1)
-    beta2: float = opt(0.98, "AdamW's second-moment decay", gt=0, lt=1)
-    weight_decay: float = opt(0.0, "AdamW's weight decay", ge=0)
     grad_clip: float = opt(1.0, "largest gradient norm", gt=0)
     # run
     seed: int = opt(0, "of prompts, noise and fresh weights", ge=0)
@@ -210,7 +217,6 @@ class Config(BaseModel, extra="forbid", strict=True, frozen=True, allow_inf_nan=
     accept: Literal[">=", ">"] = opt(">=", "EffOPD: against the best score so far")
     extrapolate_prompts: int = opt(50, "EffOPD: validation prompts a candidate", ge=1, le=MANY)
     stop_kl: float | None = opt(None, "stop when a step's KL to the teacher is below it", gt=0)
-    stop_accuracy: float | None = opt(None, "stop when validation reaches it", gt=0, le=1)
     checkpoint_every: int = opt(20, "steps between checkpoints; 0: only at the end", ge=0)
     save_dtype: Literal["fp32", "fp16", "bf16"] = opt("fp32", "of the weights in model/")
     device: Literal["auto", "cpu", "cuda"] = opt("auto", "auto: cuda where there is one")
@@ -237,8 +243,9 @@ class Config(BaseModel, extra="forbid", strict=True, frozen=True, allow_inf_nan=
         for fine, why in (
             (c.horizon is None or 0 < c.horizon < 1 or isinstance(c.horizon, int) and c.horizon > 0,
              f"horizon = {c.horizon}: tokens, at least 1, or a float share in (0, 1)"),
-            (c.teacher or not (teaches or c.teacher_prefix),
-             "teacher = null: feedback, states or teacher_prefix need one; name a model"),
+            (c.teacher or not (teaches or c.teacher_prefix or c.cold_start or c.aligned),
+             "teacher = null: feedback, states, teacher_prefix, cold_start or aligned need one"),
+            (c.cold_start <= c.steps, f"cold_start = {c.cold_start}: at most steps = {c.steps}"),
             (c.route == "direct" or c.top_p == 1 or c.allow_top_p_bias, f"top_p = {c.top_p}: "
              "biases route = 'policy_gradient'; use 1, or set allow_top_p_bias = true"),
             (referring == (c.reference is not None), f"reference = {c.reference!r}: a model, and "
@@ -249,8 +256,6 @@ class Config(BaseModel, extra="forbid", strict=True, frozen=True, allow_inf_nan=
              f"samples_per_prompt = {c.samples_per_prompt}: must divide batch_size {c.batch_size}"),
             ((c.micro_batch or 0) <= c.batch_size,
              f"micro_batch = {c.micro_batch}: must be at most batch_size = {c.batch_size}"),
-            (c.eval_every or not c.stop_accuracy,
-             f"stop_accuracy = {c.stop_accuracy}: needs eval_every of at least 1"),
         ):  # fmt: skip
             require(fine, why)
         return self
@@ -470,7 +475,10 @@ class Task:
         split: train; validation, for early decisions and learning rates; test, for evaluation.
         """
         require(split in SPLITS, f"split = {split!r}: must be one of {', '.join(SPLITS)}")
-        pairs = self.draw(n, split, random.Random(f"{split} {seed}"))
+        return self.encode(self.draw(n, split, random.Random(f"{split} {seed}")))
+
+    def encode(self, pairs: list[tuple[str, str]]) -> Prompts:
+        """Pairs (prompt text, answer) as Prompts."""
         texts, answers = map(list, zip(*pairs, strict=True))
         special = self.tokenizer.chat_template is None  # a chat template has written its own
         ids, mask = pad(self.tokenizer(texts, add_special_tokens=special)["input_ids"], left=True)
@@ -1524,6 +1532,12 @@ def diagnose(
     )  # fmt: skip
 
 
+def keep(seen: dict[str, Tensor], found: dict[str, Tensor], at: Any, mask: Tensor) -> None:
+    """Put values (n,) of the tokens `at` into the tables of `seen`, name -> (B, T)."""
+    for name, values in found.items():
+        seen.setdefault(name, torch.zeros_like(mask, dtype=torch.float32))[at] = values.float()
+
+
 def top_share(kl: Tensor, mask: Tensor, share: float = 0.05) -> float:
     """How much of sum |KL| the top `share` of the tokens hold: (B, T) -> between `share` and 1.
 
@@ -1558,7 +1572,7 @@ def gradient_moments(
         sizes.append(sum(float(p.grad.square().sum()) for p in weights))
         total[:] = [whole + p.grad for whole, p in zip(total, weights, strict=True)]
 
-    watcher = SimpleNamespace(param_groups=[{}], step=look, zero_grad=world.student.zero_grad)
+    watcher = SimpleNamespace(param_groups=[{}], step=look, zero_grad=world.trained().zero_grad)
     for step in range(first, first + batches):
         train_step(config, world, watcher, step, [])
     return sum(float((g / batches).square().sum()) for g in total), sum(sizes) / batches
@@ -1588,7 +1602,7 @@ def continuation_advantage(
 # and teacher_mass (between the pairs that learned and those that did not, see
 # tiny_configs/evidence/check_known.json [ours, measured on tiny models])
 CHECK_PROMPTS, CHECK_PARTS = 256, 8
-CHECK_LEAST = dict(gain=0.1, agreement=0.3, teacher_mass=0.35)
+CHECK_LEAST = dict(gain=0.1, agreement=0.15, teacher_mass=0.35)
 
 
 @dataclass
@@ -1627,8 +1641,7 @@ def check(config: Config) -> Verdict:
     for rows in torch.arange(len(noise)).split(c.micro_batch or c.batch_size):
         for at, logp, logq, _ in score_chunks(c, world, own, rows, {}, lambda part: None):
             found = diagnose(logp, logq, own.tokens[at], top_k=c.top_k, min_prob=c.min_prob)
-            for name, values in found.items():
-                seen.setdefault(name, torch.zeros_like(own.logprobs))[at] = values
+            keep(seen, found, at, own.mask)
     numbers |= {name: float(values[own.mask].mean()) for name, values in seen.items()}
     numbers["top_5_percent"] = top_share(seen["kl"], own.mask)
     length = int(own.mask.sum(1).float().mean())
@@ -1666,8 +1679,16 @@ def check(config: Config) -> Verdict:
 # ------------------------------------------------------------------------------------------------
 
 VALIDATION_PROMPTS, EVALUATION_ROWS, SHOWN_SAMPLES, EXTRAPOLATE_TOKENS = 256, 512, 4, 6
+CANDIDATES = 4  # aligned = "confidence": prompts looked at for each one taken
+DEPTH_PROMPTS, COHERENCE_PROMPTS = 64, 8  # of the diagnostics of every eval_every steps
+# In the cold start nothing but imitation acts; the teacher's right and finished responses only.
+COLD_START = dict(
+    states="teacher", feedback="imitation", route="direct", negative="suppress", gamma=0.0,
+    baseline="none", entropy_threshold=None, weighting="none", importance_cap=None,
+    reward_scale=1.0, horizon=None, schedule="fixed",
+)  # fmt: skip
 CHUNK_LOGITS, CHUNK_TOKENS = 2**22, 16  # logits held at once, but at least so many tokens
-PRUNE_BASE = 0.5  # Prune-OPD's base weight
+PRUNE_BASE, KL_PARTS = 0.5, 16  # Prune-OPD's base weight; kl_at: parts of the longest response
 CHECKPOINT = "checkpoint/last.safetensors"  # in a run's folder
 DTYPES = dict(fp32=torch.float32, fp16=torch.float16, bf16=torch.bfloat16)
 
@@ -1717,6 +1738,8 @@ def load_world(config: Config) -> World:
     cuda = torch.cuda.is_available() and config.device != "cpu"
     require(cuda or config.device != "cuda", "device = 'cuda': torch sees no GPU; use cpu or auto")
     device, tokenizer = "cuda" if cuda else "cpu", load_tokenizer(config.student)
+    if config.aligned:
+        tokenizer.chat_template = load_tokenizer(config.teacher, "teacher").chat_template
     task = load_task(config.task, tokenizer)
     task.max_tokens = config.max_tokens or task.max_tokens
     lawless = f"feedback = 'law': needs a task with an exact law, not {config.task!r}"
@@ -1739,6 +1762,8 @@ def load_world(config: Config) -> World:
             check_pair(student, model, tokenizer, load_tokenizer(name, role))
             law["eos_ids"] = sorted({*law["eos_ids"], *eos_ids_of(model)})
     require(config.top_k <= law["vocab_size"], fits)
+    if config.aligned:
+        world.task = replace(task, draw=aligned_draw(config, world))
     if config.baseline == "value":
         width = student.get_input_embeddings().embedding_dim
         world.critic = torch.nn.Linear(width, 1, device=device)
@@ -1751,7 +1776,34 @@ def make_optimizer(config: Config, world: World) -> AdamW:
     groups = [dict(params=[*world.student.parameters()])]
     if world.critic is not None:
         groups.append(dict(params=[*world.critic.parameters()], lr=config.value_lr))
-    return AdamW(groups, config.lr, (0.9, config.beta2), weight_decay=config.weight_decay)
+    return AdamW(groups, config.lr, (0.9, 0.98), weight_decay=0.0)
+
+
+def aligned_draw(config: Config, world: World) -> Callable:
+    """Task.draw with training prompts that the teacher knows, in the share `aligned_share`.
+
+    From the task or file that Config.aligned names; or "confidence": of 4 times as many prompts of
+    the task, those where the mean log-prob of the teacher's own response is highest (its sampling
+    is not in the run's token counts).  The chat template is the teacher's too.
+    [secondary: 2604.13016, template and content; reconstruction: confidence]
+    """
+    task, source = world.task, config.aligned
+    named = load_task(source, world.tokenizer) if source != "confidence" else None
+
+    def draw(n: int, split: str, rng: random.Random) -> list[tuple[str, str]]:
+        m = max(1, round(config.aligned_share * n)) if split == "train" else 0
+        if named or m == 0:
+            chosen = named.draw(m, split, rng) if m else []
+        else:
+            pool = task.draw(CANDIDATES * m, split, rng)
+            noise = torch.rand(len(pool), task.max_tokens, generator=keyed_generator(rng.random()))
+            law = dict(horizon=task.max_tokens, noise=noise, **world.law)
+            text = sample(world.teacher, task.encode(pool), **law)
+            sure = torch.where(text.mask, text.logprobs, 0.0).sum(1) / text.mask.sum(1)  # (4m,)
+            chosen = [pool[i] for i in sure.topk(m).indices.tolist()]
+        return chosen + task.draw(n - m, split, rng)
+
+    return draw
 
 
 def step_prompts(config: Config, task: Task, step: int) -> Prompts:
@@ -1982,6 +2034,11 @@ def lr_at(step: int, config: Config) -> float:
     return config.lr * min(1.0, up, down)
 
 
+def stage(config: Config, step: int) -> Config:
+    """The config of a step: imitation of the teacher's responses in the cold start."""
+    return config.model_copy(update=COLD_START) if step < config.cold_start else config
+
+
 def stopwatch(seconds: Counter) -> Callable[[str], None]:
     """A function lap(key) that adds to seconds[key] the wall time that no lap has yet claimed."""
     start = time.perf_counter()
@@ -1994,10 +2051,13 @@ def stopwatch(seconds: Counter) -> Callable[[str], None]:
 
 def train_step(config: Config, world: World, optimizer: AdamW, step: int, history: list) -> dict:
     """One step, the survey's variables in order.  Returns the step's row of metrics.jsonl."""
-    sums, seconds, horizon = Counter(), Counter(), horizon_at(step, config, history)
-    lap, prompts = stopwatch(seconds), step_prompts(config, world.task, step)
+    config, sums, seconds, seen = stage(config, step), Counter(), Counter(), {}
+    lap, horizon = stopwatch(seconds), horizon_at(step, config, history)
+    prompts = step_prompts(config, world.task, step)
     rollout = make_states(config, world, prompts, step, horizon)  # STATES: who writes
-    right = world.task.verify(prompts, rollout)  # (B,)
+    right = world.task.verify(prompts, rollout).to(rollout.mask.device)  # (B,)
+    if step < config.cold_start:  # the teacher's right and whole responses only
+        rollout.mask &= (right & rollout.finished)[:, None]
     lap("sample_s")
     table, kept, ahead = token_table(config, rollout, right), {}, looks_ahead(config)
     if ahead:  # CREDIT and WEIGHTS that need whole rows
@@ -2012,10 +2072,11 @@ def train_step(config: Config, world: World, optimizer: AdamW, step: int, histor
                 loss = (loss * now["emphasis"] * now["weight"]).sum()  # WEIGHTS
                 loss.backward()
                 if update == 0:
-                    add_diagnostics(config, sums, now, loss.item(), *laws[:2])
+                    sums["loss"] += loss.item()
+                    take_note(config, seen, rollout, at, now, *laws[:2])
         update_student(config, world.student, optimizer, step, sums)  # UPDATE
         lap("update_s")
-    return step_metrics(config, world, step, horizon, rollout, right, sums) | seconds
+    return step_metrics(config, world, step, horizon, rollout, right, seen, sums) | seconds
 
 
 def update_student(c: Config, student: Module, optimizer: AdamW, step: int, sums: Counter) -> None:
@@ -2034,44 +2095,79 @@ def update_student(c: Config, student: Module, optimizer: AdamW, step: int, sums
 
 
 @torch.no_grad()
-def add_diagnostics(
-    c: Config, sums: Counter, now: dict, loss: float, logp: Tensor, logq: Tensor | None
+def take_note(
+    c: Config, seen: dict, rollout: Rollout, at: Any, now: dict, logp: Tensor, logq: Tensor | None
 ) -> None:
-    """Add a chunk's loss and its sums over tokens: entropies, KL, reward, open gates, weights."""
-    p, dot, action = logp.detach().exp(), torch.linalg.vecdot, now["action"]
-    found = dict(entropy=-dot(p, logp), weight=now["emphasis"])
+    """Keep a chunk's diagnostics in `seen`, name -> (B, T): `diagnose`, open gates, weights."""
+    found, reach = dict(entropy=entropy(logp)), dict(top_k=c.top_k, min_prob=c.min_prob)
     if logq is not None:
+        found = diagnose(logp, logq, now["action"], **reach)
         gated = now["advantage"] < now["baseline"]
         if c.negative == "route":
-            gated &= routing_target(logp, logq, action, top_k=c.top_k, min_prob=c.min_prob)[1]
+            gated &= found["candidates"] > 0
         if c.entropy_threshold is not None:
             gated = entropy_gate(logq, c.entropy_threshold)
-        found |= dict(kl=dot(p, logp - logq), teacher_entropy=-dot(logq.exp(), logq), gated=gated)
-        found["reward"] = log_ratio_reward(of_tokens(logp, action), of_tokens(logq, action))
-        found["unsupported"] = torch.where(logq < math.log(UNSUPPORTED), p, 0.0)
-    sums.update(loss=loss, **{name: float(values.sum()) for name, values in found.items()})
+        found["gated"] = gated.float()
+    keep(seen, found | dict(weight=now["emphasis"]), at, rollout.mask)
+
+
+DIAGNOSED = (
+    "kl", "reward", "entropy", "teacher_entropy", "entropy_gap", "agreement", "teacher_mass",
+    "overlap", "overlap_mass", "overlap_mass_teacher", "overlap_advantage", "unsupported",
+    "candidates", "gated", "weight",
+)  # fmt: skip
 
 
 def step_metrics(
-    c: Config, world: World, step: int, horizon: int, rollout: Rollout, right: Tensor, sums: Counter
-) -> dict[str, Any]:
+    c: Config, world: World, step: int, horizon: int, rollout: Rollout, right: Tensor, seen: dict,
+    sums: Counter,
+) -> dict[str, Any]:  # fmt: skip
     """A row of metrics.jsonl but for what the loop adds; null where the run has no such value."""
-    tokens, gpu = int(rollout.mask.sum()), world.student.device.type == "cuda"
+    mask, gpu = rollout.mask, world.student.device.type == "cuda"
+    tokens, whole = int(mask.sum()), {}
     kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # on a Mac: bytes
     peak = kilobytes * (1 if sys.platform == "darwin" else 1024)
-    means = ("kl", "reward", "entropy", "teacher_entropy", "unsupported", "gated", "weight")
+    if "kl" in seen and tokens:
+        parts = kl_by_position(seen["kl"], mask).split(math.ceil(mask.shape[1] / KL_PARTS))
+        mean_reward = seen["reward"].sum(1) / mask.sum(1).clamp(min=1)
+        whole = dict(top_5_percent=top_share(seen["kl"], mask),
+                     auroc=known(auroc(mean_reward, right)),
+                     kl_at=[known(part.nanmean()) for part in parts])  # fmt: skip
     return dict(
         step=step + 1, loss=sums["loss"], grad_norm=sums["grad_norm"], lr=lr_at(step, c),
         value_loss=sums.get("value_loss") if c.baseline == "value" else None,
-        **{key: sums[key] / max(1, tokens) if key in sums else None for key in means},
+        **{key: known(seen[key][mask].mean()) if key in seen else None for key in DIAGNOSED},
+        **{key: whole.get(key) for key in ("top_5_percent", "auroc", "kl_at")},
         correct=float(right.float().mean()), length=tokens / len(right), horizon=horizon,
         finished=float(rollout.finished.float().mean()),
-        tokens_sampled=int((rollout.mask & ~rollout.logprobs.isnan()).sum()),
+        tokens_sampled=int((mask & ~rollout.logprobs.isnan()).sum()),
         tokens_scored=tokens * (c.feedback == "teacher"),
         tokens_trained=tokens * c.updates_per_rollout, extrapolated=None,
         memory_mb=(torch.cuda.max_memory_allocated() if gpu else peak) / 2**20,
         **{f"flop_{part}": flop for part, flop in step_flops(c, world, rollout, step).items()},
     )  # fmt: skip
+
+
+def known(value: Tensor | float) -> float | None:
+    """A number for metrics.jsonl: null where it is not finite."""
+    return float(value) if math.isfinite(value) else None
+
+
+def rare_diagnostics(c: Config, world: World) -> dict[str, Any]:
+    """What costs too much for every step: coherence of 8 prompts' gradients, and continuation.
+
+    continuation: the teacher's advantage at a quarter, half, three quarters of max_tokens.
+    """
+    one = dict(batch_size=c.samples_per_prompt, micro_batch=None, updates_per_rollout=1)
+    mean, each = gradient_moments(c.model_copy(update=one), world, COHERENCE_PROMPTS, first=MANY)
+    found = dict(coherence=known(mean / each) if each else None, continuation=None)
+    if world.teacher is not None:
+        prompts = world.task.prompts(DEPTH_PROMPTS, "validation", seed="depth")
+        depths = [max(1, c.max_tokens * quarter // 4) for quarter in (1, 2, 3)]
+        models = world.student, world.teacher
+        depth = continuation_advantage(*models, world.task, prompts, depths, **world.law)
+        found["continuation"] = {at: values["advantage"] for at, values in depth.items()}
+    return found
 
 
 def evaluate(
@@ -2106,8 +2202,9 @@ def wilson(right: int, n: int, z: float = 1.959964) -> dict[str, float]:
 
 def final_evaluation(config: Config, world: World, model: Module) -> dict[str, float]:
     """Accuracy on the held-out test prompts: sampled, with its interval; greedy beside it."""
-    test = partial(measure, config, world, model, world.task.prompts(config.eval_prompts, "test"))
-    return test() | dict(greedy=test(greedy=True)["accuracy"])
+    prompts = world.task.prompts(config.eval_prompts, "test")
+    greedy = measure(config, world, model, prompts, greedy=True)["accuracy"]
+    return measure(config, world, model, prompts) | dict(greedy=greedy)
 
 
 def measure(config: Config, world: World, model: Module, prompts: Prompts, **law: Any) -> dict:
@@ -2279,6 +2376,7 @@ def train(config: Config, resume: str | Path | None = None) -> Run:
     start = dict(seed=config.seed, method=config.method, steps=0, seconds=0.0, stopped=None)
     start["tokens"] = dict(sampled=0, scored=0, trained=0)
     start["flop"] = dict(sample=0.0, score=0.0, update=0.0)
+    start |= provenance(config, world)
     base = {} if config.extrapolate == "none" else weights_of(world.student)
     run = Run(folder, config, start, world.student, base)
     try:
@@ -2320,10 +2418,10 @@ def training_loop(run: Run, world: World, optimizer: AdamW) -> None:
                 row["sample_s"] += time.perf_counter() - began
             due = config.eval_every and (step % config.eval_every == 0 or last)
             accuracy = validate(config, world, step, run.dir / "samples.txt") if due else None
-            if accuracy is not None and accuracy >= (config.stop_accuracy or math.inf):
-                result["stopped"] = f"validation accuracy {accuracy:.3f}"
-            if config.stop_kl and row["kl"] < config.stop_kl:
+            if config.stop_kl and row["kl"] is not None and row["kl"] < config.stop_kl:
                 result["stopped"] = f"KL {row['kl']:.4f} nats a token"
+            row |= dict(coherence=None, continuation=None)
+            row |= rare_diagnostics(config, world) if due else {}
             row |= dict(accuracy=accuracy, step_s=time.perf_counter() - start)
             for group in ("tokens", "flop"):  # from here on: since the start
                 result[group] = {k: n + row[f"{group}_{k}"] for k, n in result[group].items()}
@@ -2340,6 +2438,66 @@ def training_loop(run: Run, world: World, optimizer: AdamW) -> None:
                 raise KeyboardInterrupt
 
 
+def provenance(config: Config, world: World) -> dict[str, Any]:
+    """What a report needs and only the running process knows: models, tokenizer, versions."""
+    about = {}
+    for role, model in dict(student=world.student, teacher=world.teacher).items():
+        size = f"{model.num_parameters():,} parameters, {model.dtype}" if model else "none"
+        kind = f"{model.config.model_type}, EOS {eos_ids_of(model)}" if model else ""
+        about[role] = f"{getattr(config, role)}: {size}, {kind}"
+    template = world.tokenizer.chat_template or ""
+    digest = hashlib.sha256(template.encode()).hexdigest()[:8] if template else "none"
+    about["tokenizer"] = f"{world.law['vocab_size']} tokens, chat template {digest}"
+    about["versions"] = f"torch {torch.__version__}, transformers {transformers.__version__}"
+    git = shutil.which("git") or "true"  # no git, or no repository: nothing is printed
+    describe = [git, "-C", str(HERE), "describe", "--always", "--dirty"]
+    done = subprocess.run(describe, capture_output=True, text=True)
+    return dict(about=about | dict(commit=done.stdout.strip() or None))
+
+
+CHECKLIST = {  # item -> its Config fields; after the bar what came of it: means over the steps
+    "who writes": "states student_share off_policy teacher_prefix cold_start updates_per_rollout",
+    "prompts": "task prompt_pool samples_per_prompt aligned aligned_share",
+    "sampler and scorer": "temperature top_p",
+    "feedback": "feedback reference reward_scale",
+    "support and normalisation": "support top_k tail",
+    "divergence and its gradient": "divergence beta route importance_ratio clip allow_top_p_bias",
+    "credit": "gamma baseline gae_lambda negative rho min_prob",
+    "gates": "negative entropy_threshold | gated",
+    "weights": "weighting weight_strength overlap_threshold importance_cap | weight",
+    "aggregation": "aggregation",
+    "regularizers": "reference_kl entropy_bonus grad_clip | grad_norm",
+    "horizon": "horizon schedule horizon_start growth horizon_kl max_tokens stop_kl"
+    " | horizon length finished",
+    "update": "method lr warmup decay batch_size micro_batch steps extrapolate accept",
+    "run": "seed precision device eval_prompts",
+}
+UNKNOWN = ("whether the models share a base, and their training data; the spread over seeds; "
+           "overlap of training data and evaluation")  # fmt: skip
+
+
+def checklist(c: Config, result: dict[str, Any], rows: list[dict]) -> dict[str, str]:
+    """The survey's reporting checklist, item -> what this run knows of it.  See UNKNOWN too.
+
+    [reconstruction: the items follow 2606.22793, of which only the abstract could be read]
+    """
+    items = {key: value or "unknown" for key, value in result["about"].items()}
+    for item, names in CHECKLIST.items():
+        fields, _, realised = names.partition("|")
+        told = [f"{name} {getattr(c, name)}" for name in fields.split()]
+        for key in realised.split():
+            values = [row[key] for row in rows if row[key] is not None]
+            told += [f"mean {key} {sum(values) / len(values):.4g}"] if values else []
+        items[item] = ", ".join(told)
+    seen = [(row["accuracy"], row["step"]) for row in rows if row["accuracy"] is not None]
+    best = "best {:.3f} at step {}, ".format(*max(seen)) if seen else "none made, "
+    items["validation"] = best + ("last {:.3f} at step {}".format(*seen[-1]) if seen else "")
+    tokens = [f"{n:,} tokens {kind}" for kind, n in result["tokens"].items()]
+    gflop = f"{sum(result['flop'].values()) / 1e9:,.0f} GFLOP"
+    took = f"{result['steps']} steps, {result['seconds']:.1f} s of training, {gflop}"
+    return items | dict(compute=", ".join([took, *tokens]))
+
+
 def report(run_dir: str | Path) -> dict[str, Any]:
     """Write curve.png, report.md and report.json from a run's own files; returns the report's dict.
 
@@ -2347,54 +2505,62 @@ def report(run_dir: str | Path) -> dict[str, Any]:
     """
     folder = Path(run_dir)
     with must(f"run = {str(run_dir)!r}", "be a finished run"):
-        config = json.loads((folder / "config.json").read_text())
+        config = Config.load(folder / "config.json")
         result = json.loads((folder / "result.json").read_text())
-    versions = dict(torch=torch.__version__, transformers=transformers.__version__)
-    versions |= dict(python=sys.version.split()[0])
-    card = dict(run=folder.name, config=config, result=result, versions=versions)
-    write_atomically(folder / "report.json", json.dumps(card, indent=1))
+        rows = read_rows(folder / "metrics.jsonl", result["steps"])
+        items = checklist(config, result, rows)
+    card = dict(run=folder.name, checklist=items, missing=UNKNOWN, config=config.model_dump())
+    write_atomically(folder / "report.json", json.dumps(card | dict(result=result), indent=1))
     row = "| {} | {accuracy:.3f} | {low:.3f} to {high:.3f} | {greedy:.3f} | {n} |"
     models = [m for m in ("student_before", "student_after", "teacher") if result[m]]
-    tokens = ", ".join(f"{count:,} {kind}" for kind, count in result["tokens"].items())
-    gflop = sum(result["flop"].values()) / 1e9
-    defaults = Config().model_dump()
     write_atomically(folder / "report.md", "\n".join([
         f"# {folder.name}\n",
-        f"{result['steps']} steps in {result['seconds']:.1f} s of training, {gflop:,.0f} GFLOP.",
-        f"Stopped early: {result['stopped'] or 'no'}.  Response tokens: {tokens}.\n",
-        "Accuracy on held-out test prompts: sampled at T = 1, 95% Wilson interval, greedy.\n",
+        f"Stopped early: {result['stopped'] or 'no'}.  Accuracy on held-out test prompts, sampled "
+        "at T = 1 with Wilson's 95% interval, and greedy:\n",
         "| model | sampled | interval | greedy | prompts |\n|---|---|---|---|---|",
         *(row.format(m.replace("_", " "), **result[m]) for m in models),
-        "\n![accuracy and distance to the teacher over steps](curve.png)\n",
-        "| field | value | default |\n|---|---|---|",
-        *(f"| {k} | {json.dumps(v)} | {json.dumps(defaults[k])} |" for k, v in config.items()),
-        "\n" + ", ".join(f"{name} {version}" for name, version in versions.items()) + "\n",
+        "\n![the run's diagnostics over its steps](curve.png)\n",
+        "## Reporting checklist\n\n| item | this run |\n|---|---|",
+        *(f"| {item} | {text} |" for item, text in items.items()),
+        f"\nMissing, because a run cannot know it: {UNKNOWN}.\n",
     ]))  # fmt: skip
-    draw_curve(read_rows(folder / "metrics.jsonl", result["steps"]), result, folder / "curve.png")
+    draw_curve(rows, result, folder / "curve.png")
     return card
 
 
+PANELS = {  # title -> unit, and the lines: key of metrics.jsonl -> name
+    "Does it learn?": ("accuracy", dict(correct="training prompts", accuracy="validation")),
+    "How far from the teacher?": ("nats a token", dict(kl="KL(p || q)", loss="loss")),
+    "Do they agree?": ("share", dict(agreement="same top 1", teacher_mass="q on p's top 4",
+                                     overlap="overlap of the top k")),
+    "How sure are they?": ("nats", dict(entropy="H(p), student", teacher_entropy="H(q), teacher",
+                                        entropy_gap="mean |H(q) - H(p)|")),
+    "How long is the text?": ("tokens", dict(length="mean length", horizon="horizon")),
+}  # fmt: skip
+
+
 def draw_curve(rows: list[dict], result: dict[str, Any], path: Path) -> None:
-    """Two panels over steps: accuracy with its references, and the distance to the teacher."""
-    figure = Figure(figsize=(8, 3.2), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    steps = [row["step"] for row in rows]
-    left.plot(steps, [row["correct"] for row in rows], "0.75", label="training prompts")
-    validated = [row["accuracy"] for row in rows]  # null between validations: no point there
-    left.plot(steps, validated, "o", mfc="none", label="validation prompts")
-    for who, x, style in (("student_before", 0, "k_-"), ("student_after", len(rows), "C3_-")):
-        interval = [result[who][key] for key in ("low", "accuracy", "high")]
-        left.plot([x] * 3, interval, style, label=f"test, {who.replace('_', ' ')}")
-    if result["teacher"]:
-        left.axhline(result["teacher"]["accuracy"], c="C1", ls="--", label="test, teacher")
-    left.set(xlabel="step", ylabel="accuracy, sampled", ylim=(0, 1.05), title="Does it learn?")
-    left.legend(fontsize=7, loc="lower right")
-    key, label, scale = "kl", "KL(p || q), nats a token", "log"
-    if not any(row["kl"] for row in rows):  # nothing to compare with, or no distance at all
-        key, label, scale = "loss", "loss", "linear"
-    right.plot(steps, [row[key] for row in rows], "C2")
-    right.set(xlabel="step", ylabel=label, yscale=scale, title="On each step's own text")
-    figure.savefig(path, dpi=120)
+    """Six panels: those of PANELS over steps, and the KL by position at some of the steps."""
+    figure = Figure(figsize=(12, 6.4), layout="constrained")
+    *axes, last = figure.subplots(2, 3).flat
+    for axis, (title, (unit, lines)) in zip(axes, PANELS.items(), strict=True):
+        for (key, name), style in zip(lines.items(), ("-", "o--", ":"), strict=False):
+            seen = [(row["step"], row[key]) for row in rows if row[key] is not None]
+            steps, values = zip(*seen, strict=True) if seen else ((), ())
+            axis.plot(steps, values, style, mfc="none", ms=4, label=name)
+        axis.set(title=title, xlabel="step", ylabel=unit)
+    for who, x in (("student_before", 0), ("student_after", len(rows)), ("teacher", len(rows))):
+        if test := result[who]:
+            interval = [test["low"], test["accuracy"], test["high"]]
+            axes[0].plot([x] * 3, interval, "s-", ms=3, label=f"test, {who.replace('_', ' ')}")
+    profiles = [row for row in rows if row["kl_at"]]
+    for row in profiles[:: max(1, (len(profiles) - 1) // 4)]:  # position: share of the longest
+        where = [(n + 0.5) / len(row["kl_at"]) for n in range(len(row["kl_at"]))]
+        last.plot(where, row["kl_at"], ".-", label=f"step {row['step']}")
+    last.set(title="Where is the distance?", xlabel="position / longest", ylabel="KL, nats a token")
+    for axis in (*axes, last):
+        axis.legend(fontsize=7)
+    figure.savefig(path, dpi=100)
 
 
 # ------------------------------------------------------------------------------------------------
