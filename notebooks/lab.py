@@ -208,13 +208,16 @@ T_95 = (
 
 
 MEASURED = ("kl", "entropy", "unsupported", "gated", "weight")  # of the last steps
+DIAGNOSIS = ("agreement", "teacher_mass", "overlap", "overlap_mass", "overlap_mass_teacher")
+DIAGNOSIS += ("overlap_advantage", "entropy_gap", "top_5_percent", "coherence")
 
 
 def load_spec(path: str | Path) -> dict[str, Any]:
     """A comparison: {"about", "base": fields, "variants": name -> fields, "lr": grid}, all needed.
 
     A variant may carry its own "lr" grid.  "choose": "kl" takes the learning rate with the lowest
-    KL to the teacher instead of the best accuracy; "measure": "noise" or "foresight", see run_one.
+    KL to the teacher instead of the best accuracy; "measure": noise, foresight, diagnosis, check or
+    entropy, see run_one.
     InputError names what is missing or wrong.
     """
     try:
@@ -282,12 +285,28 @@ def foresight(fields: dict[str, Any], run: opd.Run) -> dict[str, float]:
     )  # fmt: skip
 
 
+CHECKED = ("student", "teacher", "gain", "agreement", "teacher_mass", "overlap", "kl", "horizon")
+
+
+def build(name: str) -> None:
+    """Make the model runs/build-NAME/model by tiny_configs/build/NAME.json, if it is not there."""
+    folder = Path(name).parent
+    if not folder.name.startswith("build-") or folder.exists():
+        return
+    config = opd.Config.load(opd.HERE / f"tiny_configs/build/{folder.name[6:]}.json")
+    build(config.student)
+    if not folder.exists():
+        opd.train(config)
+
+
 def run_one(fields: dict[str, Any], extra: str | None = None) -> dict[str, Any]:
     """One run: its fields, test accuracy, costs, and a curve.
 
     A row of the curve: step, tokens sampled, seconds of the steps without validation, validation
     accuracy, GFLOP.  metrics: means over the last five steps, GFLOP in all, and what `extra` adds:
-    noise, of one batch's gradient at the start over the norm of the mean (8 batches), or foresight.
+    noise, of one batch's gradient at the start over the norm of the mean (8 batches); foresight;
+    diagnosis, means of the first and the last five steps; check, what `opd.check` said before;
+    or the student's entropy at the end, on its text after ordinary validation prompts.
     """
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
@@ -308,6 +327,24 @@ def run_one(fields: dict[str, Any], extra: str | None = None) -> dict[str, Any]:
     if extra == "noise":
         signal, spread = gradient_noise(opd.Config.load(**fields), batches=8)
         metrics["noise"] = round(spread / signal, 3)
+    if extra == "diagnosis":
+        for when, part in (("first", rows[:5]), ("last", rows[-5:])):
+            for key in DIAGNOSIS:
+                values = [r[key] for r in part if r[key] is not None]
+                metrics[f"{key}, {when}"] = round(mean(values), 4) if values else None
+    if extra == "check":
+        verdict = opd.check(opd.Config.load(**fields))
+        metrics |= {k: round(verdict.numbers[k], 4) for k in CHECKED}
+        at_end |= dict(decision=verdict.decision, teacher=run.result["teacher"]["accuracy"])
+    if extra == "entropy":
+        ordinary = opd.Config.load(**{**fields, "aligned": None, "aligned_share": 1.0})
+        world = opd.load_world(ordinary)
+        prompts = world.task.prompts(256, "validation")
+        noise = torch.rand(256, world.task.max_tokens, generator=opd.keyed_generator("entropy"))
+        text = opd.sample(run.model, prompts, horizon=noise.shape[1], noise=noise, **world.law)
+        with torch.no_grad():
+            values = opd.entropy(opd.score(run.model, text))
+        metrics["entropy, ordinary prompts"] = round(opd.masked_mean(values, text.mask).item(), 5)
     return dict(fields=fields, **at_end, tokens=run.result["tokens"], curve=curve, metrics=metrics)
 
 
@@ -338,6 +375,9 @@ def compare(path: str | Path, seeds: int = 5, workers: int = 2) -> dict[str, dic
         missing = [f for f in (fields_of(spec, *each) for each in name_lr_seed) if not found(f)]
         if not missing:
             return
+        for fields in missing:
+            build(fields.get("student") or "")
+            build(fields.get("teacher") or "")
         job = partial(run_one, extra=spec["measure"])
         with tqdm(total=len(missing), desc=file.stem, disable=None) as bar:
             for result in in_processes(job, missing, workers):
