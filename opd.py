@@ -2470,7 +2470,8 @@ CHECKLIST = {  # item -> its Config fields; after the bar what came of it: means
     "horizon": "horizon schedule horizon_start growth horizon_kl max_tokens stop_kl"
     " | horizon length finished",
     "update": "method lr warmup decay batch_size micro_batch steps extrapolate accept",
-    "run": "seed precision device eval_prompts",
+    "run": "seed precision device eval_prompts eval_every extrapolate_prompts checkpoint_every"
+    " save_dtype value_lr value_warmup",
 }
 UNKNOWN = ("whether the models share a base, and their training data; the spread over seeds; "
            "overlap of training data and evaluation")  # fmt: skip
@@ -2546,8 +2547,8 @@ def draw_curve(rows: list[dict], result: dict[str, Any], path: Path) -> None:
     for axis, (title, (unit, lines)) in zip(axes, PANELS.items(), strict=True):
         for (key, name), style in zip(lines.items(), ("-", "o--", ":"), strict=False):
             seen = [(row["step"], row[key]) for row in rows if row[key] is not None]
-            steps, values = zip(*seen, strict=True) if seen else ((), ())
-            axis.plot(steps, values, style, mfc="none", ms=4, label=name)
+            if seen:
+                axis.plot(*zip(*seen, strict=True), style, mfc="none", ms=4, label=name)
         axis.set(title=title, xlabel="step", ylabel=unit)
     for who, x in (("student_before", 0), ("student_after", len(rows)), ("teacher", len(rows))):
         if test := result[who]:
@@ -2559,7 +2560,7 @@ def draw_curve(rows: list[dict], result: dict[str, Any], path: Path) -> None:
         last.plot(where, row["kl_at"], ".-", label=f"step {row['step']}")
     last.set(title="Where is the distance?", xlabel="position / longest", ylabel="KL, nats a token")
     for axis in (*axes, last):
-        axis.legend(fontsize=7)
+        axis.legend(fontsize=7) if axis.lines else axis.set_axis_off()
     figure.savefig(path, dpi=100)
 
 

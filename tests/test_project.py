@@ -100,7 +100,7 @@ def test_readme_names_only_files_that_exist_and_fields_that_are_fields():
 def test_every_build_config_loads():
     for path in (ROOT / "tiny_configs").rglob("*.json"):
         if path.parent.name == "build":
-            assert opd.Config.load(path).method == "sft"
+            assert opd.Config.load(path).name == f"build-{path.stem}"
 
 
 def test_layout_and_no_private_paths():

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -230,7 +231,11 @@ def test_files_of_a_run(run_dir):
     assert (run.dir / "curve.png").read_bytes()[:4] == b"\x89PNG"
     assert opd.report(run.dir) == json.loads((run.dir / "report.json").read_text())
     text = (run.dir / "report.md").read_text()
-    assert all(f"| {field} | " in text for field in opd.Config.model_fields)
+    listed = re.findall(r"\w+", " ".join(opd.CHECKLIST.values()))
+    elsewhere = {"student", "teacher", "name", "runs"}  # in the table of models, in the title
+    assert opd.Config.model_fields.keys() - elsewhere <= {*listed}
+    assert all(f"{field} " in text for field in opd.Config.model_fields.keys() - elsewhere)
+    assert opd.UNKNOWN in text and "spread over seeds" in text
     assert "answer" in (run.dir / "samples.txt").read_text()
     assert str(run_dir) not in text
 
@@ -249,12 +254,6 @@ def test_saved_model_loads_in_its_dtype(run_dir):
         opd.load_tokenizer(str(run.dir / "model")).get_vocab()
         == opd.load_tokenizer("tiny_configs/models/teacher").get_vocab()
     )
-
-
-def test_stop_accuracy(run_dir):
-    config = opd.Config.load(**SMALL, steps=9, eval_every=3, stop_accuracy=0.01)
-    run = opd.train(config)
-    assert run.result["steps"] == 3 and "validation accuracy" in run.result["stopped"]
 
 
 def test_steps_zero_only_evaluates(run_dir):
@@ -302,7 +301,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_change(run_dir, monk
     calls = []
 
     def poisoned(logp, logq):
-        calls.append(1)
+        calls.extend([1] * logp.requires_grad)  # the loss, not the diagnostics
         return opd.forward_kl(logp, logq) * (float("nan") if len(calls) > 4 else 1.0)
 
     monkeypatch.setattr(opd, "reverse_kl", poisoned)

@@ -43,7 +43,7 @@ def opd_step(V, B, P, T, student, teacher, **fields):
 
     task = SimpleNamespace(prompts=prompts, max_tokens=T, verify=verify)
     world = opd.World(student, teacher, None, task, dict(eos_ids=[], vocab_size=V), None)
-    usual = dict(batch_size=B, max_tokens=T, lr=1e-4, warmup=0, decay=0.0, beta2=0.999)
+    usual = dict(batch_size=B, max_tokens=T, lr=1e-4, warmup=0, decay=0.0)
     config = opd.Config(**usual, **fields)
     if config.baseline == "value":
         world.critic = torch.nn.Linear(student.config.hidden_size, 1)
