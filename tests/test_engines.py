@@ -315,7 +315,7 @@ def pair(folders, request):
     if not HERE:
         pytest.skip("vllm is not installed; see this file's head")
     student = opd.load_model(folders[request.param])
-    engine = opd.VLLMEngine(folders[request.param], 100, torch.float32, blank=True)
+    engine = opd.VLLMEngine(folders[request.param], 250, torch.float32, blank=True)
     with pytest.raises(opd.TrainingStopped, match="nats a token from the student's"):
         handed_over_nothing(engine, student)
     start = time.perf_counter()
@@ -430,7 +430,7 @@ def test_vllm_refuses_other_temperatures_and_texts_too_long(pair):
     prompts, rollout = write(student, engine)
     with pytest.raises(opd.InputError, match="temperature = 0.7: must be 1"):
         engine.score(rollout, 2, temperature=0.7)
-    long = random_prompts([150], vocab=student.config.vocab_size)
+    long = random_prompts([260], vocab=student.config.vocab_size)
     with pytest.raises(opd.InputError, match="engine = 'vllm': must"):
         engine.sample(long, horizon=2, noise=torch.rand(1, 1), eos_ids=[])
 
@@ -438,10 +438,11 @@ def test_vllm_refuses_other_temperatures_and_texts_too_long(pair):
 def test_updates_and_syncs_keep_engine_and_student_together(pair):
     student, engine = pair
     optimizer = torch.optim.SGD(student.parameters(), lr=0.3)
-    long = random_prompts([60, 50], vocab=student.config.vocab_size, seed=3)
+    long = random_prompts([210, 200], vocab=student.config.vocab_size, seed=3)
+    law = dict(horizon=8, noise=torch.rand(2, 8), eos_ids=[])
     for step in range(3):
         _, rollout = write(student, engine)
-        seen = rollout_of(long, 30, eos_ids=[], model=student)  # long enough for a cached block
+        seen = engine.sample(long, **law)  # prompts that fill a block of the prefix cache
         before = engine.score(rollout)
         loss = -opd.score_tokens(student, rollout)[rollout.mask].mean()
         loss.backward()
@@ -453,8 +454,8 @@ def test_updates_and_syncs_keep_engine_and_student_together(pair):
         seconds = time.perf_counter() - start
         assert (engine.score(rollout).logq_a - before.logq_a).abs().max() > 0.1  # it did change
         gap = max(differences(engine.score(x, 5), student, x, 5) for x in (rollout, seen))
-        _, rollout = write(student, engine)
-        own = (law_sampled_from(student, rollout) - rollout.logprobs[rollout.mask]).abs().max()
+        samples = [write(student, engine)[1], engine.sample(long, **law)]
+        own = max((law_sampled_from(student, x) - x.logprobs[x.mask]).abs().max() for x in samples)
         print(f"\nstep {step + 1}: scores {gap:.1e}, samples {own:.1e}, sync {seconds:.3f} s")
         assert gap < 1e-4 and own < 1e-4
     with torch.no_grad():
