@@ -1607,7 +1607,7 @@ VLLM_SETTINGS = dict(  # environment: one process, so that weights are handed ov
 )  # fmt: skip
 GPU_SHARE, SYNC_GAP, SYNC_GAP_HALF = 0.4, 1e-3, 0.1  # gaps: mean nats a token
 REMOTE_TEXTS, REMOTE_THREADS, PROBES = 8, 8, 8  # texts a request, requests at once; of `check`
-REMOTE_TIMEOUT, REMOTE_WAITS = 300.0, (1, 2, 4, 8, 16, 32)  # seconds: for an answer; between tries
+REMOTE_TIMEOUT, REMOTE_WAITS = 120.0, (1, 2, 4, 8, 16, 32)  # seconds: for an answer; between tries
 
 
 def real_tokens(ids: Tensor, mask: Tensor) -> list[list[int]]:
@@ -1674,7 +1674,7 @@ class VLLMEngine:
             return self.llm.generate([dict(prompt_token_ids=t) for t in texts], law, use_tqdm=False)
 
     def sample(self, prompts: Prompts, *, horizon: int, noise: Tensor, **law: Any) -> Rollout:
-        """`sample` of section 2 by vLLM: the same law, with vLLM's own luck.
+        """`sample` of section 2 by vLLM: the same law, with vLLM's own luck.  temperature 0: argmax.
 
         noise  (B, at least 1): the first column seeds the rows
         law    eos_ids; where wanted vocab_size, temperature, top_p
@@ -1692,9 +1692,11 @@ class VLLMEngine:
         return Rollout(*(part.to("cuda" if torch.cuda.is_available() else "cpu") for part in parts))
 
     def score(self, rollout: Rollout, k: int = 0, *, temperature: float = 1.0) -> Scores:
-        """Log-probs of the response's tokens and of the k best, over the engine's vocabulary.
+        """Log-probs of the response's tokens and of the k best (k = V: all), in nats.
 
-        k = V lists it all.  InputError: temperature is not 1.
+        Over the whole of the engine's vocabulary, an embedding's padding rows included.  Tokens of
+        another's choice, e.g. the student's top k: list all and `read_law`.
+        InputError: temperature is not 1.
         """
         texts = texts_to_score(rollout, temperature)
         said = self.ask(texts, [dict(max_tokens=1, prompt_logprobs=k)] * len(texts))
@@ -1721,7 +1723,10 @@ class VLLMEngine:
 
 @dataclass
 class RemoteTeacher:
-    """A teacher on a vLLM OpenAI-compatible server.  url: http://HOST:PORT."""
+    """A teacher on a vLLM OpenAI-compatible server.  url: http://HOST:PORT.
+
+    Started by, e.g., python -m vllm.entrypoints.openai.api_server --model NAME --max-logprobs 16
+    """
 
     url: str
 
@@ -1741,7 +1746,7 @@ class RemoteTeacher:
             except (OSError, HTTPException, ValueError) as error:
                 why, code = str(error) or type(error).__name__, getattr(error, "code", 503)
                 with suppress(Exception):
-                    why += f": {json.load(error)['error']['message']}"
+                    why += ": " + " ".join(json.load(error)["error"]["message"].split())
             refused = f"{what}: must accept {path}; see --max-logprobs, --max-model-len ({why})"
             require(code >= 500 or code in (408, 429), refused)
             time.sleep(wait)
@@ -1760,9 +1765,9 @@ class RemoteTeacher:
         self.ask("/v1/completions", prompt=[[0] * length], max_tokens=1, prompt_logprobs=k)
 
     def score(self, rollout: Rollout, k: int = 0, *, temperature: float = 1.0) -> Scores:
-        """Log-probs of the response's tokens and of the k best, over the server's vocabulary.
+        """Log-probs of the response's tokens and of the k best, as VLLMEngine's.
 
-        InputError: it refuses, or temperature is not 1.  TeacherUnreachable.
+        InputError: the server refuses, or temperature is not 1.  TeacherUnreachable.
         """
         texts = texts_to_score(rollout, temperature)
         parts = [texts[i : i + REMOTE_TEXTS] for i in range(0, len(texts), REMOTE_TEXTS)]

