@@ -1674,7 +1674,7 @@ class VLLMEngine:
             return self.llm.generate([dict(prompt_token_ids=t) for t in texts], law, use_tqdm=False)
 
     def sample(self, prompts: Prompts, *, horizon: int, noise: Tensor, **law: Any) -> Rollout:
-        """`sample` of section 2 by vLLM: the same law, with vLLM's own luck.  temperature 0: argmax.
+        """`sample` of section 2 by vLLM: the same law, with its own luck.  temperature 0: argmax.
 
         noise  (B, at least 1): the first column seeds the rows
         law    eos_ids; where wanted vocab_size, temperature, top_p
