@@ -136,6 +136,11 @@ NEEDS: list[tuple[dict[str, list], dict[str, list]]] = [  # fields with such val
     (dict(reward_scale=ANY, schedule=["adaptive"], stop_kl=ANY), dict(feedback=SCORED)),
     (dict(importance_cap=ANY), dict(states=["student"], teacher_prefix=[0])),
     (dict(aligned=ANY), dict(states=["student", "teacher"])),
+    (dict(teacher_url=ANY), dict(teacher=[None], states=["student"], feedback=["teacher"])),
+    (dict(teacher_url=ANY), dict(extrapolate=["none", "accuracy"])),
+    (dict(engine=["vllm_both"]), dict(feedback=["teacher"], teacher_url=[None])),
+    (dict(engine=["vllm", "vllm_both"]), dict(teacher_prefix=[0])),
+    (dict(teacher_url=ANY, engine=["vllm_both"]), dict(temperature=[1.0])),
     (dict(cold_start=ANY), dict(schedule=["fixed", "linear", "staircase"])),
     (dict(extrapolate=["kl"]), dict(feedback=["teacher"])),
     (dict(tail=["stop_gradient", "generalised"]), dict(divergence=["reverse_kl", "jsd"])),
@@ -185,8 +190,6 @@ class Config(BaseModel, extra="forbid", strict=True, frozen=True, allow_inf_nan=
     # baseline: the prompt's other samples, vOPD's closed form -KL, or a critic (GAE)
     baseline: Literal["none", "leave_one_out", "kl", "value"] = opt("none", "sample mean, -KL, GAE")
     gae_lambda: float = opt(0.95, "value: 1 trusts returns, 0 the critic", ge=0, le=1)
-    value_lr: float = opt(1e-2, "value: the critic's learning rate", gt=0, le=10)
-    value_warmup: int = opt(5, "value: steps in which the critic only learns", ge=0)
     # negative: lower the token; say who gets its mass (CR-OPD); a local KL (AOPD)
     negative: Literal["suppress", "route", "local_kl"] = opt("suppress", "what A < 0 leads to")
     rho: float = opt(1.0, "route: strength", ge=0, le=1)
@@ -221,17 +224,22 @@ class Config(BaseModel, extra="forbid", strict=True, frozen=True, allow_inf_nan=
     eval_prompts: int = opt(512, "held-out prompts of the final evaluation", ge=1, le=MANY)
     extrapolate: Literal["none", "accuracy", "kl"] = opt("none", "EffOPD, and what it validates by")
     accept: Literal[">=", ">"] = opt(">=", "EffOPD: against the best score so far")
-    extrapolate_prompts: int = opt(50, "EffOPD: validation prompts a candidate", ge=1, le=MANY)
     stop_kl: float | None = opt(None, "stop when a step's KL to the teacher is below it", gt=0)
     checkpoint_every: int = opt(20, "steps between checkpoints; 0: only at the end", ge=0)
     save_dtype: Literal["fp32", "fp16", "bf16"] = opt("fp32", "of the weights in model/")
+    # engine: who samples the student's text; vllm_both: and scores the teacher's law of it
+    engine: Literal["transformers", "vllm", "vllm_both"] = opt("transformers", "of sampling")
+    teacher_url: str | None = opt(None, "a vLLM server that scores, in place of the teacher")
+    gradient_checkpointing: bool = opt(False, "recompute layers: less memory, a third more time")
     device: Literal["auto", "cpu", "cuda"] = opt("auto", "auto: cuda where there is one")
     precision: Literal["auto", "fp32", "bf16"] = opt("auto", "auto: bf16 where the GPU has it")
 
     @model_validator(mode="before")
     @classmethod
     def _method_first(cls, given: dict) -> dict:
-        return {**preset(given.get("method", cls.model_fields["method"].default)), **given}
+        remote = dict(teacher=None) if given.get("teacher_url") else {}
+        method = given.get("method", cls.model_fields["method"].default)
+        return {**preset(method), **remote, **given}
 
     @model_validator(mode="after")
     def _no_contradictions(self) -> "Config":
@@ -249,7 +257,8 @@ class Config(BaseModel, extra="forbid", strict=True, frozen=True, allow_inf_nan=
         for fine, why in (
             (c.horizon is None or 0 < c.horizon < 1 or isinstance(c.horizon, int) and c.horizon > 0,
              f"horizon = {c.horizon}: tokens, at least 1, or a float share in (0, 1)"),
-            (c.teacher or not (teaches or c.teacher_prefix or c.cold_start or c.aligned),
+            (c.teacher or c.teacher_url
+             or not (teaches or c.teacher_prefix or c.cold_start or c.aligned),
              "teacher = null: feedback, states, teacher_prefix, cold_start or aligned need one"),
             (c.cold_start <= c.steps, f"cold_start = {c.cold_start}: at most steps = {c.steps}"),
             (c.route == "direct" or c.top_p == 1 or c.allow_top_p_bias, f"top_p = {c.top_p}: "
@@ -336,7 +345,7 @@ METHODS: dict[str, dict[str, Any]] = {
     # prefix distillation 2602.15260: a linear ramp; its numbers are ours  [secondary, the same]
     "prefix": dict(schedule="linear", horizon_start=6, growth=1.0),
     # EffOPD 2605.11739: extrapolate the parameters at steps 1, 2, 4, 8, ...  [paper; code]
-    "effopd": dict(extrapolate="accuracy", accept=">=", extrapolate_prompts=50),
+    "effopd": dict(extrapolate="accuracy", accept=">="),
     # GKD 2306.13649: mixed states, generalised JSD  [secondary]
     "gkd": dict(states="mixed", student_share=0.5, off_policy="data", divergence="jsd", beta=0.5),
     # off-policy distillation: forward KL on the teacher's own text  [derived]
@@ -1871,7 +1880,9 @@ class RemoteTeacher:
 # §12  Training: the step, the loop, evaluation, checkpoints, the files of a run
 # ------------------------------------------------------------------------------------------------
 
-VALIDATION_PROMPTS, EVALUATION_ROWS, SHOWN_SAMPLES, EXTRAPOLATE_TOKENS = 256, 512, 4, 6
+VALIDATION_PROMPTS, EVALUATION_ROWS, SHOWN_SAMPLES = 256, 512, 4
+EXTRAPOLATE_PROMPTS, EXTRAPOLATE_TOKENS = 50, 6  # EffOPD: a candidate's; by KL: their first tokens
+VALUE_LR, VALUE_WARMUP = 1e-2, 5  # the critic's rate; steps in which it only learns
 CANDIDATES = 4  # aligned = "confidence": prompts looked at for each one taken
 DEPTH_PROMPTS, COHERENCE_PROMPTS = 64, 8  # of the diagnostics of every eval_every steps
 # In the cold start nothing but imitation acts; the teacher's right and finished responses only.
@@ -1898,14 +1909,17 @@ class World:
     bf16: bool | None  # the student's passes under bf16 autocast; false or None: in fp32
     reference: Module | None = None  # frozen
     critic: Module | None = None  # V(s) from the student's hidden states, for baseline = "value"
+    sampler: VLLMEngine | None = None  # in place of the student's own sampling
+    scorer: VLLMEngine | RemoteTeacher | None = None  # in place of the teacher's own scores
 
     def precision(self) -> Any:
         """The student's autocast context."""
         return torch.autocast(self.student.device.type, torch.bfloat16, enabled=bool(self.bf16))
 
-    def frozen(self, config: Config) -> tuple[Module | None, Module | None]:
-        """The models whose laws a step reads: the teacher, if it judges, and the reference."""
-        return self.teacher if config.feedback == "teacher" else None, self.reference
+    def frozen(self, config: Config) -> tuple[Any, Module | None]:
+        """Whose laws a step reads: the teacher's or its engine's, if it judges; the reference's."""
+        teacher = self.scorer or self.teacher
+        return teacher if config.feedback == "teacher" else None, self.reference
 
     def trained(self) -> torch.nn.ModuleDict:
         """What learns, by name: the student and, where there is one (None has none), the critic."""
@@ -1931,6 +1945,8 @@ def load_world(config: Config) -> World:
     cuda = torch.cuda.is_available() and config.device != "cpu"
     require(cuda or config.device != "cuda", "device = 'cuda': torch sees no GPU; use cpu or auto")
     device, tokenizer = "cuda" if cuda else "cpu", load_tokenizer(config.student)
+    if cuda:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))  # torchrun's
     if config.aligned:
         tokenizer.chat_template = load_tokenizer(config.teacher, "teacher").chat_template
     task = load_task(config.task, tokenizer)
@@ -1955,6 +1971,10 @@ def load_world(config: Config) -> World:
             check_pair(student, model, tokenizer, load_tokenizer(name, role))
             law["eos_ids"] = sorted({*law["eos_ids"], *eos_ids_of(model)})
     require(config.top_k <= law["vocab_size"], fits)
+    if config.gradient_checkpointing:
+        student.gradient_checkpointing_enable(dict(use_reentrant=False))
+    if config.engine != "transformers" or config.teacher_url:
+        add_engines(config, world)
     if config.aligned:
         world.task = replace(task, draw=aligned_draw(config, world))
     if config.baseline == "value":
@@ -1964,11 +1984,32 @@ def load_world(config: Config) -> World:
     return world
 
 
+def add_engines(config: Config, world: World) -> None:
+    """Start vLLM, or call on the remote teacher, and see that they agree with what is here."""
+    task, V = world.task, world.law["vocab_size"]
+    probe = world.task.prompts(8, "train", seed="probe")
+    length, dtype = 2 * probe.ids.shape[1] + task.max_tokens, torch.float32
+    if config.engine != "transformers":
+        world.sampler = VLLMEngine(config.student, length, dtype, blank=True)
+        world.sampler.sync(world.student, probe)
+    if config.teacher_url:
+        world.scorer = RemoteTeacher(config.teacher_url)
+        world.scorer.check(world.tokenizer, config.top_k, length)
+    if config.engine == "vllm_both":
+        world.scorer = VLLMEngine(config.teacher, length, dtype)
+    listed = config.route == "policy_gradient" or config.support == "teacher"
+    listed &= config.entropy_threshold is None and config.baseline != "kl"
+    listed &= config.reward_scale == 1 and config.stop_kl is None and config.schedule != "adaptive"
+    more = f"top_k = {config.top_k}: this loss reads more of the teacher's law than its top k; "
+    more += f"use {V}, or a policy gradient without kl, or support = 'teacher'"
+    require(world.scorer is None or config.top_k == V or listed, more)
+
+
 def make_optimizer(config: Config, world: World) -> AdamW:
     """AdamW over the student, and with a critic over it too, at its own constant rate."""
     groups = [dict(params=[*world.student.parameters()])]
     if world.critic is not None:
-        groups.append(dict(params=[*world.critic.parameters()], lr=config.value_lr))
+        groups.append(dict(params=[*world.critic.parameters()], lr=VALUE_LR))
     return AdamW(groups, config.lr, (0.9, 0.98), weight_decay=0.0)
 
 
@@ -2026,7 +2067,8 @@ def make_states(config: Config, world: World, prompts: Prompts, step: int, horiz
     [secondary]; one for each row is ours, same expectation [reconstruction]).  teacher_prefix: the
     teacher writes the first tokens, the student goes on.
     """
-    noise, mine = luck(config, step)
+    share, prompts = own_share(config), take(prompts, own_share(config))
+    noise, mine = (x[share] for x in luck(config, step))
 
     def write(who: str, rows: Tensor) -> Rollout:
         some, prefix = take(prompts, rows), min(config.teacher_prefix, horizon)
@@ -2037,6 +2079,9 @@ def make_states(config: Config, world: World, prompts: Prompts, step: int, horiz
             return Rollout(*(x.to(world.student.device) for x in vars(rollout).values()))
         if who == "teacher":
             return sample(world.teacher, some, horizon=horizon, **law)
+        if world.sampler:
+            world.sampler.sync(world.student)
+            return world.sampler.sample(some, **own)
         with world.precision():
             if prefix == 0:
                 return sample(world.student, some, **own)
@@ -2050,8 +2095,15 @@ def make_states(config: Config, world: World, prompts: Prompts, step: int, horiz
 
 
 def micro_batches(config: Config) -> tuple[Tensor, ...]:
-    """The rows of each backward pass."""
-    return torch.arange(config.batch_size).split(config.micro_batch or config.batch_size)
+    """The rows of each backward pass, counted within this process's share."""
+    rows = torch.arange(len(own_share(config)))
+    return rows.split(config.micro_batch or len(rows))
+
+
+def own_share(config: Config) -> Tensor:
+    """The rows of the batch that this process works on."""
+    rank, ranks = process()
+    return torch.arange(config.batch_size).chunk(ranks)[rank]
 
 
 def score_chunks(
@@ -2073,11 +2125,11 @@ def score_chunks(
     row, column = part.mask.nonzero(as_tuple=True)  # N tokens
     frozen, key = world.frozen(config), int(rows[0])
     with torch.no_grad():
-        if key not in kept:  # (N, D) each
-            kept[key] = [model and hidden_states(model, part)[row, column] for model in frozen]
+        if key not in kept:  # (N, D) each, or an engine's scores
+            kept[key] = [model and look(model, part, row, column, config) for model in frozen]
         exact = world.task.law(part)[row, column] if config.feedback == "law" else None
     lap("score_s")
-    with world.precision():
+    with world.precision(), recomputed(world.student, config):
         whole = (hidden_states(world.student, part) if states is None else states)[row, column]
     own = whole.detach().requires_grad_()
     chunk = max(CHUNK_TOKENS, CHUNK_LOGITS // size)
@@ -2085,7 +2137,7 @@ def score_chunks(
         lap("update_s")
         with torch.no_grad():
             pairs = zip(frozen, kept[key], strict=True)
-            logq, logref = (model and law_of(model, hidden[n], **law) for model, hidden in pairs)
+            logq, logref = (model and read(model, found, n, law) for model, found in pairs)
             logq = logq if exact is None else exact[n]
             if config.reward_scale != 1:
                 logq = tilted_teacher(logq, logref, config.reward_scale)
@@ -2094,7 +2146,35 @@ def score_chunks(
             logp = law_of(world.student, own[n], **law)
         yield (rows.to(row.device)[row[n]], column[n]), logp, logq, logref
     if own.grad is not None:
-        whole.backward(own.grad)
+        with recomputed(world.student, config):
+            whole.backward(own.grad)
+
+
+@contextmanager
+def recomputed(student: Module, config: Config) -> Iterator[None]:
+    """Gradient checkpointing acts in training mode; elsewhere the student is in eval mode."""
+    student.train(config.gradient_checkpointing and torch.is_grad_enabled())
+    try:
+        yield
+    finally:
+        student.eval()
+
+
+def look(model: Any, part: Rollout, row: Tensor, column: Tensor, config: Config) -> Any:
+    """What a frozen model says at the response's N tokens: hidden states (N, D), or Scores."""
+    if isinstance(model, Module):
+        return hidden_states(model, part)[row, column]
+    scores = model.score(part, config.top_k, temperature=config.temperature)
+    return Scores(*(x[row, column] for x in vars(scores).values()))
+
+
+def read(model: Any, found: Any, n: Tensor, law: dict[str, Any]) -> Tensor | Scores:
+    """Log-probs (n, V) of some of the tokens; the Scores where an engine listed fewer than V."""
+    if isinstance(model, Module):
+        return law_of(model, found[n], **law)
+    some, V = Scores(*(x[n] for x in vars(found).values())), law["vocab_size"]
+    blank = torch.full((len(n), V), -torch.inf, device=n.device)
+    return blank.scatter(-1, some.ids, some.logq) if some.ids.shape[-1] == V else some
 
 
 def token_table(config: Config, rollout: Rollout, right: Tensor) -> dict[str, Tensor]:
@@ -2103,14 +2183,19 @@ def token_table(config: Config, rollout: Rollout, right: Tensor) -> dict[str, Te
     The advantage is the verifier's, 1 for a right response, 0 for a wrong one, less the baseline;
     where a model judges, `first_look` replaces it.
     """
-    weight = token_weights(rollout.mask, config.aggregation)
-    right = right.to(weight)
+    mask = rollout.mask
+    total = mask.sum() if config.aggregation == "token" else torch.tensor(len(mask)).to(mask.device)
+    weight = token_weights(mask, config.aggregation, everyone(total))
+    reward = right.to(weight)
     if config.baseline == "leave_one_out":
-        right = leave_one_out(right, config.samples_per_prompt)
-    table = dict(action=rollout.tokens, engine=rollout.logprobs, weight=weight)
-    table |= {name: torch.zeros_like(weight) for name in ("before", "baseline", "overlap")}
-    advantage = right[:, None].expand_as(weight).clone()
-    return table | dict(advantage=advantage, emphasis=torch.ones_like(weight))
+        reward = leave_one_out(reward, config.samples_per_prompt)
+    table = dict(action=rollout.tokens, mask=mask, engine=rollout.logprobs, weight=weight)
+    rows = dict(right=right.to(weight), finished=rollout.finished.to(weight), advantage=reward)
+    table |= {name: row[:, None].expand_as(weight).clone() for name, row in rows.items()}
+    table |= {
+        name: torch.zeros_like(weight) for name in ("before", "baseline", "overlap", "entropy")
+    }
+    return table | dict(emphasis=torch.ones_like(weight))
 
 
 def first_look(c: Config, table: dict, at: Any, logp: Tensor, logq: Tensor | None) -> None:
@@ -2169,7 +2254,7 @@ def look_ahead(
         credit, target = gae(reward, value, mask, config.gamma, config.gae_lambda, after)
         loss = masked_mean((value - target) ** 2, mask) / 2
         loss.backward()
-        if step >= config.value_warmup:
+        if step >= VALUE_WARMUP:
             table["advantage"] = credit
     if config.baseline == "leave_one_out":
         table["advantage"] = leave_one_out(table["advantage"], config.samples_per_prompt)
@@ -2227,6 +2312,33 @@ def lr_at(step: int, config: Config) -> float:
     return config.lr * min(1.0, up, down)
 
 
+def process() -> tuple[int, int]:
+    """This process's number and how many there are: (0, 1) unless torchrun started several."""
+    several = torch.distributed.is_initialized()
+    rank = torch.distributed.get_rank if several else lambda: 0
+    return rank(), torch.distributed.get_world_size() if several else 1
+
+
+def everyone(x: Tensor, how: str = "SUM") -> Tensor:
+    """The sum (or MAX) of a tensor over all processes, in place."""
+    if process()[1] > 1:
+        torch.distributed.all_reduce(x, getattr(torch.distributed.ReduceOp, how))
+    return x
+
+
+def whole_table(table: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tables (b, T) of this process -> (B, T) of all, in the order of the batch's rows."""
+    if process()[1] == 1:
+        return table
+    T = int(everyone(torch.tensor(table["mask"].shape[1]).to(table["mask"].device), "MAX"))
+    wide = [torch.nn.functional.pad(x.double(), (0, T - x.shape[1])) for x in table.values()]
+    mine = torch.stack(wide, dim=1)  # (b, tables, T)
+    parts = [torch.empty_like(mine) for _ in range(process()[1])]
+    torch.distributed.all_gather(parts, mine)
+    columns = zip(table.items(), torch.cat(parts).unbind(1), strict=True)
+    return {name: column.to(own.dtype) for (name, own), column in columns}
+
+
 def stage(config: Config, step: int) -> Config:
     """The config of a step: imitation of the teacher's responses in the cold start."""
     return config.model_copy(update=COLD_START) if step < config.cold_start else config
@@ -2244,13 +2356,13 @@ def stopwatch(seconds: Counter) -> Callable[[str], None]:
 
 def train_step(config: Config, world: World, optimizer: AdamW, step: int, history: list) -> dict:
     """One step, the survey's variables in order.  Returns the step's row of metrics.jsonl."""
-    config, sums, seconds, seen = stage(config, step), Counter(), Counter(), {}
+    config, sums, seconds = stage(config, step), Counter(), Counter()
     lap, horizon = stopwatch(seconds), horizon_at(step, config, history)
     prompts = step_prompts(config, world.task, step)
     rollout = make_states(config, world, prompts, step, horizon)  # STATES: who writes
-    right = world.task.verify(prompts, rollout).to(rollout.mask.device)  # (B,)
+    right = world.task.verify(take(prompts, own_share(config)), rollout)  # (B,)
     if step < config.cold_start:  # the teacher's right and whole responses only
-        rollout.mask &= (right & rollout.finished)[:, None]
+        rollout.mask &= (right.to(rollout.mask.device) & rollout.finished)[:, None]
     lap("sample_s")
     table, kept, ahead = token_table(config, rollout, right), {}, looks_ahead(config)
     if ahead:  # CREDIT and WEIGHTS that need whole rows
@@ -2266,10 +2378,10 @@ def train_step(config: Config, world: World, optimizer: AdamW, step: int, histor
                 loss.backward()
                 if update == 0:
                     sums["loss"] += loss.item()
-                    take_note(config, seen, rollout, at, now, *laws[:2])
+                    take_note(config, table, at, now, *laws[:2])
         update_student(config, world.student, optimizer, step, sums)  # UPDATE
         lap("update_s")
-    return step_metrics(config, world, step, horizon, rollout, right, seen, sums) | seconds
+    return step_metrics(config, world, step, horizon, prompts, table, sums) | seconds
 
 
 def update_student(c: Config, student: Module, optimizer: AdamW, step: int, sums: Counter) -> None:
@@ -2277,7 +2389,11 @@ def update_student(c: Config, student: Module, optimizer: AdamW, step: int, sums
 
     TrainingStopped on a loss or gradient that is not finite, before the weights are touched.
     """
+    for p in student.parameters() if process()[1] > 1 else ():
+        p.grad = everyone(torch.zeros_like(p) if p.grad is None else p.grad)
     norm = float(torch.nn.utils.clip_grad_norm_(student.parameters(), c.grad_clip))
+    if "grad_norm" not in sums:  # the first update's loss, over all processes
+        sums["loss"] = float(everyone(torch.tensor(sums["loss"], dtype=torch.float64)))
     if not math.isfinite(sums["loss"] + norm):
         at = f"step {step + 1}: loss {sums['loss']}, gradient norm {norm}"
         raise TrainingStopped(f"{at}: must be finite")
@@ -2289,51 +2405,65 @@ def update_student(c: Config, student: Module, optimizer: AdamW, step: int, sums
 
 @torch.no_grad()
 def take_note(
-    c: Config, seen: dict, rollout: Rollout, at: Any, now: dict, logp: Tensor, logq: Tensor | None
+    c: Config, table: dict, at: Any, now: dict, logp: Tensor, logq: Tensor | Scores | None
 ) -> None:
-    """Keep a chunk's diagnostics in `seen`, name -> (B, T): `diagnose`, open gates, weights."""
-    found, reach = dict(entropy=entropy(logp)), dict(top_k=c.top_k, min_prob=c.min_prob)
+    """Add a chunk's diagnostics to the table: `diagnose`, open gates; less where less is known."""
+    found = dict(entropy=entropy(logp))
+    if isinstance(logq, Scores):
+        found["reward"] = log_ratio_reward(of_tokens(logp, now["action"]), logq.logq_a)
+    elif logq is not None:
+        found = diagnose(logp, logq, now["action"], top_k=c.top_k, min_prob=c.min_prob)
     if logq is not None:
-        found = diagnose(logp, logq, now["action"], **reach)
         gated = now["advantage"] < now["baseline"]
         if c.negative == "route":
-            gated &= found["candidates"] > 0
+            reach = dict(top_k=c.top_k, min_prob=c.min_prob)
+            gated &= routing_target(logp, logq, now["action"], **reach)[1]
         if c.entropy_threshold is not None:
             gated = entropy_gate(logq, c.entropy_threshold)
-        found["gated"] = gated.float()
-    keep(seen, found | dict(weight=now["emphasis"]), at, rollout.mask)
+        found["gated"] = gated
+    keep(table, found, at, table["mask"])
 
 
-DIAGNOSED = (
+DIAGNOSED = {key: key for key in (  # key of metrics.jsonl -> the table whose mean it is
     "kl", "reward", "entropy", "teacher_entropy", "entropy_gap", "agreement", "teacher_mass",
     "overlap", "overlap_mass", "overlap_mass_teacher", "overlap_advantage", "unsupported",
-    "candidates", "gated", "weight",
-)  # fmt: skip
+    "candidates", "gated",
+)} | dict(weight="emphasis")  # fmt: skip
+WHOLE = ("top_5_percent", "auroc", "kl_at", "engine_gap", "engine_gap_max", "ratio", "ratio_max",
+         "ratio_clipped")  # fmt: skip
 
 
 def step_metrics(
-    c: Config, world: World, step: int, horizon: int, rollout: Rollout, right: Tensor, seen: dict,
-    sums: Counter,
-) -> dict[str, Any]:  # fmt: skip
+    c: Config, world: World, step: int, horizon: int, prompts: Prompts, table: dict, sums: Counter
+) -> dict[str, Any]:
     """A row of metrics.jsonl but for what the loop adds; null where the run has no such value."""
-    mask, gpu = rollout.mask, world.student.device.type == "cuda"
-    tokens, whole = int(mask.sum()), {}
+    t = whole_table(table)
+    mask, right, finished = t["mask"], t["right"][:, 0] > 0, t["finished"][:, 0] > 0
+    rollout = Rollout(prompts.ids, prompts.mask, t["action"], mask, t["engine"], finished)
     kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # on a Mac: bytes
     peak = kilobytes * (1 if sys.platform == "darwin" else 1024)
-    if "kl" in seen and tokens:
-        parts = kl_by_position(seen["kl"], mask).split(math.ceil(mask.shape[1] / KL_PARTS))
-        mean_reward = seen["reward"].sum(1) / mask.sum(1).clamp(min=1)
-        whole = dict(top_5_percent=top_share(seen["kl"], mask),
-                     auroc=known(auroc(mean_reward, right)),
-                     kl_at=[known(part.nanmean()) for part in parts])  # fmt: skip
+    gpu, tokens, whole = world.student.device.type == "cuda", int(mask.sum()), {}
+    drawn = mask & t["engine"].isfinite()
+    if "kl" in t and tokens:
+        parts = kl_by_position(t["kl"], mask).split(math.ceil(mask.shape[1] / KL_PARTS))
+        mean_reward = t["reward"].sum(1) / mask.sum(1).clamp(min=1)
+        whole["top_5_percent"] = known(top_share(t["kl"], mask))
+        whole |= dict(auroc=known(auroc(mean_reward, right)))
+        whole |= dict(kl_at=[known(part.nanmean()) for part in parts])
+    if drawn.any():  # the trainer's law against the one sampled from
+        gap = (t["before"] - t["engine"])[drawn]
+        over = gap.exp() > (c.importance_cap or math.inf)
+        whole |= dict(engine_gap=float(gap.abs().mean()), engine_gap_max=float(gap.abs().max()))
+        whole |= dict(ratio=float(gap.exp().mean()), ratio_max=float(gap.exp().max()))
+        whole |= dict(ratio_clipped=float(over.float().mean()))
     return dict(
         step=step + 1, loss=sums["loss"], grad_norm=sums["grad_norm"], lr=lr_at(step, c),
         value_loss=sums.get("value_loss") if c.baseline == "value" else None,
-        **{key: known(seen[key][mask].mean()) if key in seen else None for key in DIAGNOSED},
-        **{key: whole.get(key) for key in ("top_5_percent", "auroc", "kl_at")},
+        **{key: known(t[name][mask].mean()) if name in t else None
+           for key, name in DIAGNOSED.items()},
+        **{key: whole.get(key) for key in WHOLE},
         correct=float(right.float().mean()), length=tokens / len(right), horizon=horizon,
-        finished=float(rollout.finished.float().mean()),
-        tokens_sampled=int((mask & ~rollout.logprobs.isnan()).sum()),
+        finished=float(finished.float().mean()), tokens_sampled=int(drawn.sum()),
         tokens_scored=tokens * (c.feedback == "teacher"),
         tokens_trained=tokens * c.updates_per_rollout, extrapolated=None,
         memory_mb=(torch.cuda.max_memory_allocated() if gpu else peak) / 2**20,
@@ -2351,9 +2481,11 @@ def rare_diagnostics(c: Config, world: World) -> dict[str, Any]:
 
     continuation: the teacher's advantage at a quarter, half, three quarters of max_tokens.
     """
-    one = dict(batch_size=c.samples_per_prompt, micro_batch=None, updates_per_rollout=1)
-    mean, each = gradient_moments(c.model_copy(update=one), world, COHERENCE_PROMPTS, first=MANY)
-    found = dict(coherence=known(mean / each) if each else None, continuation=None)
+    found, one = dict(coherence=None, continuation=None), dict(batch_size=c.samples_per_prompt)
+    c = c.model_copy(update=one | dict(micro_batch=None, updates_per_rollout=1))
+    if process()[1] == 1:
+        mean, each = gradient_moments(c, world, COHERENCE_PROMPTS, first=MANY)
+        found["coherence"] = known(mean / each) if each else None
     if world.teacher is not None:
         prompts = world.task.prompts(DEPTH_PROMPTS, "validation", seed="depth")
         depths = [max(1, c.max_tokens * quarter // 4) for quarter in (1, 2, 3)]
@@ -2444,7 +2576,9 @@ def self_check(config: Config, world: World) -> str:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write a text file so that a crash leaves the old one or the new one."""
+    """Write a text file so that a crash leaves the old one or the new one; one process does."""
+    if process()[0] > 0:
+        return
     part = path.with_name(path.name + ".part")
     part.write_text(text)
     os.replace(part, path)
@@ -2462,7 +2596,7 @@ def candidate_score(config: Config, world: World, costs: dict[str, Any]) -> Call
     which tokens and FLOPs are added.
     """
     by_kl = config.extrapolate == "kl"
-    prompts = world.task.prompts(config.extrapolate_prompts, "validation", seed="extrapolate")
+    prompts = world.task.prompts(EXTRAPOLATE_PROMPTS, "validation", seed="extrapolate")
     length = min(EXTRAPOLATE_TOKENS, config.max_tokens) if by_kl else config.max_tokens
     noise = torch.rand(len(prompts.text), length, generator=keyed_generator("extrapolate"))
 
@@ -2492,8 +2626,9 @@ def save_checkpoint(run: Run, world: World, optimizer: AdamW) -> None:
     for name, parameter in world.trained().named_parameters():
         own = dict(weight=parameter.detach(), **optimizer.state[parameter])  # step, exp_avg, ...
         tensors |= {f"{kind}.{name}": value for kind, value in own.items()}
-    save_file(tensors, f"{file}.part", metadata={"state": json.dumps(run.result)})
-    os.replace(f"{file}.part", file)
+    if process()[0] == 0:
+        save_file(tensors, f"{file}.part", metadata={"state": json.dumps(run.result)})
+        os.replace(f"{file}.part", file)
 
 
 @torch.no_grad()
@@ -2555,15 +2690,22 @@ def train(config: Config, resume: str | Path | None = None) -> Run:
     resume: the folder of a run that was cut off, with its own config (`resumable`).  On a CPU the
     resumed metrics are bit-equal to an uninterrupted run's, times aside.
     Raises InputError before anything is written; TrainingStopped for a loss that is not finite;
-    KeyboardInterrupt after Ctrl-C, with a checkpoint saved.
+    KeyboardInterrupt after Ctrl-C, TeacherUnreachable: both with a checkpoint saved.
     """
-    folder = Path(resume) if resume else new_folder(config)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not torch.distributed.is_initialized():
+        torch.distributed.init_process_group()  # by torchrun: NCCL on GPUs, gloo on CPUs
+    folder, (rank, ranks) = Path(resume) if resume else new_folder(config), process()
+    n = config.batch_size // config.samples_per_prompt
+    require(n % ranks == 0, f"batch_size = {config.batch_size}: {n} prompts for {ranks} processes")
+    one = f"baseline = 'value': one process only, not {ranks}"
+    require(ranks == 1 or config.baseline != "value", one)
     world = load_world(config)
     config = config.model_copy(update=dict(max_tokens=world.task.max_tokens))
     if config.teacher and same_model(config.student, config.teacher):
         print(self_check(config, world))
     with must(f"runs = {config.runs!r}", "be a folder to write in"):
-        (folder / CHECKPOINT).parent.mkdir(parents=True, exist_ok=bool(resume))
+        everyone(torch.zeros(1, device=world.student.device))  # all have chosen the same folder
+        (folder / CHECKPOINT).parent.mkdir(parents=True, exist_ok=bool(resume) or ranks > 1)
         write_atomically(folder / "config.json", config.model_dump_json(indent=1))
     optimizer = make_optimizer(config, world)
     start = dict(seed=config.seed, method=config.method, steps=0, seconds=0.0, stopped=None)
@@ -2583,13 +2725,17 @@ def train(config: Config, resume: str | Path | None = None) -> Run:
     except TrainingStopped as error:
         good = folder / CHECKPOINT if (folder / CHECKPOINT).exists() else "none yet"
         raise TrainingStopped(f"{error}; last good checkpoint: {good}; try a lower --lr") from None
-    except KeyboardInterrupt:
-        at = f"stopped after step {run.result['steps']} of {config.steps}"
-        raise KeyboardInterrupt(f"{at}; go on with: python opd.py --resume {folder}") from None
-    copy.deepcopy(world.student).to(DTYPES[config.save_dtype]).save_pretrained(folder / "model")
-    world.tokenizer.save_pretrained(folder / "model")
+    except (KeyboardInterrupt, TeacherUnreachable) as error:
+        save_checkpoint(run, world, optimizer)
+        at = f"{error}; " * bool(str(error))
+        at += f"stopped after step {run.result['steps']} of {config.steps}"
+        raise type(error)(f"{at}; go on with: python opd.py --resume {folder}") from None
     write_atomically(folder / "result.json", json.dumps(run.result, indent=1))
-    report(folder)
+    if rank == 0:
+        model = copy.deepcopy(world.student).to(DTYPES[config.save_dtype])
+        model.save_pretrained(folder / "model")
+        world.tokenizer.save_pretrained(folder / "model")
+        report(folder)
     return run
 
 
@@ -2598,8 +2744,10 @@ def training_loop(run: Run, world: World, optimizer: AdamW) -> None:
     config, result, file = run.config, run.result, run.dir / "metrics.jsonl"
     history = read_rows(file, result["steps"])
     write_atomically(file, "".join(json.dumps(row) + "\n" for row in history))
-    bar = tqdm(initial=result["steps"], total=config.steps, desc=config.method, disable=None)
-    with bar, postponed_interrupt() as asked, open(file, "a") as log:
+    mine = process()[0] == 0
+    bar = tqdm(initial=result["steps"], total=config.steps, desc=config.method,
+               disable=None if mine else True)  # fmt: skip
+    with bar, postponed_interrupt() as asked, open(file if mine else os.devnull, "a") as log:
         while result["steps"] < config.steps and not result["stopped"]:
             start = time.perf_counter()
             row = train_step(config, world, optimizer, result["steps"], history)
@@ -2625,9 +2773,9 @@ def training_loop(run: Run, world: World, optimizer: AdamW) -> None:
             bar.update()
             bar.set_postfix(loss=row["loss"], correct=row["correct"])
             save = config.checkpoint_every and step % config.checkpoint_every == 0
-            if save or asked or result["stopped"] or last:
+            if save or result["stopped"] or last:
                 save_checkpoint(run, world, optimizer)
-            if asked:
+            if everyone(torch.tensor(len(asked), device=run.model.device)) > 0:
                 raise KeyboardInterrupt
 
 
@@ -2663,8 +2811,8 @@ CHECKLIST = {  # item -> its Config fields; after the bar what came of it: means
     "horizon": "horizon schedule horizon_start growth horizon_kl max_tokens stop_kl"
     " | horizon length finished",
     "update": "method lr warmup decay batch_size micro_batch steps extrapolate accept",
-    "run": "seed precision device eval_prompts eval_every extrapolate_prompts checkpoint_every"
-    " save_dtype value_lr value_warmup",
+    "run": "seed precision device engine teacher_url gradient_checkpointing eval_prompts eval_every"
+    " checkpoint_every save_dtype",
 }
 UNKNOWN = ("whether the models share a base, and their training data; the spread over seeds; "
            "overlap of training data and evaluation")  # fmt: skip
@@ -2825,13 +2973,16 @@ def run_command(argv: list[str]) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The exit code: 0 done, 1 training stopped, 2 bad input, 130 interrupted."""
-    codes = {InputError: 2, TrainingStopped: 1, KeyboardInterrupt: 130}
+    """The exit code: 0 done, 1 training stopped, 2 bad input, 3 no teacher, 130 interrupted."""
+    codes = {InputError: 2, TrainingStopped: 1, TeacherUnreachable: 3, KeyboardInterrupt: 130}
     try:
         run_command(sys.argv[1:] if argv is None else argv)
     except tuple(codes) as error:
         print(f"opd.py: {str(error) or 'interrupted'}", file=sys.stderr)
         return codes[type(error)]
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
     return 0
 
 

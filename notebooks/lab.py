@@ -209,7 +209,7 @@ T_95 = (
 
 MEASURED = ("kl", "entropy", "unsupported", "gated", "weight")  # of the last steps
 DIAGNOSIS = ("agreement", "teacher_mass", "overlap", "overlap_mass", "overlap_mass_teacher")
-DIAGNOSIS += ("overlap_advantage", "entropy_gap", "top_5_percent", "coherence")
+DIAGNOSIS += ("overlap_advantage", "entropy_gap")
 
 
 def load_spec(path: str | Path) -> dict[str, Any]:
@@ -328,10 +328,9 @@ def run_one(fields: dict[str, Any], extra: str | None = None) -> dict[str, Any]:
         signal, spread = gradient_noise(opd.Config.load(**fields), batches=8)
         metrics["noise"] = round(spread / signal, 3)
     if extra == "diagnosis":
-        for when, part in (("first", rows[:5]), ("last", rows[-5:])):
-            for key in DIAGNOSIS:
-                values = [r[key] for r in part if r[key] is not None]
-                metrics[f"{key}, {when}"] = round(mean(values), 4) if values else None
+        parts = dict(first=rows[:5], last=rows[-5:])
+        metrics = {f"{key}, {when}": round(mean(r[key] for r in part), 4)
+                   for key in DIAGNOSIS for when, part in parts.items()}  # fmt: skip
     if extra == "check":
         verdict = opd.check(opd.Config.load(**fields))
         metrics |= {k: round(verdict.numbers[k], 4) for k in CHECKED}

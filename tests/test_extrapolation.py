@@ -157,8 +157,13 @@ def test_only_attention_and_mlp_matrices_move_unless_told(make):
 # (13) the trigger
 
 
-TINY = dict(SMALL, batch_size=4, max_tokens=8, eval_every=0, eval_prompts=4, extrapolate_prompts=4)
+TINY = dict(SMALL, batch_size=4, max_tokens=8, eval_every=0, eval_prompts=4)
 TINY |= dict(lr=1e-3, warmup=0, decay=0.0)
+
+
+@pytest.fixture(autouse=True)
+def few(monkeypatch):
+    monkeypatch.setattr(opd, "EXTRAPOLATE_PROMPTS", 4)
 
 
 def with_scores(monkeypatch, scores):
@@ -273,7 +278,8 @@ def spied(monkeypatch, world):
 
 @pytest.mark.parametrize("kind", ["accuracy", "kl"])
 def test_candidates_are_validated_on_validation_prompts_with_the_same_luck(kind, monkeypatch):
-    config, world, _ = ready(extrapolate=kind, extrapolate_prompts=7)
+    monkeypatch.setattr(opd, "EXTRAPOLATE_PROMPTS", 7)
+    config, world, _ = ready(extrapolate=kind)
     texts, rollouts, splits = spied(monkeypatch, world)
     costs = dict.fromkeys(("tokens_sampled", "tokens_scored", "flop_sample", "flop_score"), 0)
     score_of = opd.candidate_score(config, world, costs)
@@ -296,11 +302,11 @@ def test_candidates_are_validated_on_validation_prompts_with_the_same_luck(kind,
 
 
 def test_the_size_of_the_validation_and_the_rule_reach_the_trigger(run_dir, monkeypatch):
+    monkeypatch.setattr(opd, "EXTRAPOLATE_PROMPTS", 50)
     config, world, _ = ready(extrapolate="accuracy")
     texts, _, splits = spied(monkeypatch, world)
     opd.candidate_score(config, world, dict(tokens_sampled=0, flop_sample=0))(world.student)
     assert splits == [(50, "validation")] and len(texts[0]) == 50
-    assert opd.Config.load(method="effopd").extrapolate_prompts == 50
     with_scores(monkeypatch, [0, 0, 0, -1])  # ties
     fields = dict(TINY, steps=1, extrapolate="accuracy")
     for accept, k in ((">=", 2), (">", 0)):
@@ -347,8 +353,9 @@ COSTS = [
 
 
 @pytest.mark.parametrize("fields", COSTS, ids=str)
-def test_flops_of_a_candidate_are_what_torch_counts(fields):
-    config, world, _ = ready(**fields, extrapolate_prompts=8, max_tokens=12)
+def test_flops_of_a_candidate_are_what_torch_counts(fields, monkeypatch):
+    monkeypatch.setattr(opd, "EXTRAPOLATE_PROMPTS", 8)
+    config, world, _ = ready(**fields, max_tokens=12)
     for model in (world.student, world.teacher, world.reference):
         model and eager(model)
     costs = dict.fromkeys(("tokens_sampled", "tokens_scored", "flop_sample", "flop_score"), 0)

@@ -14,7 +14,7 @@ import opd
 MODELS = "tiny_configs/models/synonym_"
 BASE = dict(
     student=f"{MODELS}student", teacher=f"{MODELS}teacher", task="synonyms", batch_size=4,
-    max_tokens=12, top_k=8, value_warmup=0, warmup=0, eval_every=0, extrapolate_prompts=2,
+    max_tokens=12, top_k=8, warmup=0, eval_every=0,
 )  # fmt: skip
 B, REFERENCE = dict(route="policy_gradient"), dict(reference="student")
 SUPPORTED = dict(route="direct", support="student")
@@ -87,6 +87,12 @@ def shared():
     first = copy.deepcopy(world.student.state_dict())
     reference = copy.deepcopy(world.student).requires_grad_(False)
     return world, first, reference, set()
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    monkeypatch.setattr(opd, "EXTRAPOLATE_PROMPTS", 2)
+    monkeypatch.setattr(opd, "VALUE_WARMUP", 0)
 
 
 @pytest.mark.parametrize("variable", list(VARIABLES)[:-1])
