@@ -26,6 +26,7 @@ than method (plots, comparisons, token heat maps) lives in notebooks/lab.py.
     python opd.py --student NAME --teacher NAME --steps 0   # same model twice: the self-check
     python opd.py CONFIG.json --seed 1                      # fields from a file; options win
     python opd.py --resume runs/NAME                        # go on after Ctrl-C or a crash
+    python opd.py check CONFIG.json                         # before training: will it work?
     python opd.py report runs/NAME                          # write report.md again
     python opd.py methods                                   # what each method sets
 """
