@@ -133,7 +133,10 @@ BAD = [
     ),
     (["--method", "effopd", "--accept", "="], "accept = '=': input should be '>=' or '>'"),
     (["--engine", "sglang"], "engine = 'sglang': input should be 'transformers', 'vllm'"),
-    (["--teacher_url", "http://x", "--teacher", "y"], "teacher_url = 'http://x': needs teacher = null"),
+    (
+        ["--teacher_url", "http://x", "--teacher", "y"],
+        "teacher_url = 'http://x': needs teacher = null",
+    ),
     (["--teacher_url", "http://x", "--temperature", "0.7"], "needs temperature = 1.0"),
     (["--teacher_url", "x"], "teacher_url = 'x': must start with http"),
     (["--engine", "vllm", "--teacher_prefix", "3"], "engine = 'vllm': needs teacher_prefix = 0"),
