@@ -1989,7 +1989,8 @@ def add_engines(config: Config, world: World) -> None:
     """Start vLLM, or call on the remote teacher, and see that they agree with what is here."""
     task, V = world.task, world.law["vocab_size"]
     probe = world.task.prompts(8, "train", seed="probe")
-    length, dtype = 2 * probe.ids.shape[1] + task.max_tokens, torch.float32
+    length = 4 * probe.ids.shape[1] + task.max_tokens  # room for prompts longer than these
+    dtype = torch.bfloat16 if world.bf16 else torch.float32
     if config.engine != "transformers":
         world.sampler = VLLMEngine(config.student, length, dtype, blank=True)
         world.sampler.sync(world.student, probe)
