@@ -1557,7 +1557,7 @@ def keep(seen: dict[str, Tensor], found: dict[str, Tensor], at: Any, mask: Tenso
 def top_share(kl: Tensor, mask: Tensor, share: float = 0.05) -> float:
     """How much of sum |KL| the top `share` of the tokens hold: (B, T) -> between `share` and 1.
 
-    Near 1: a few tokens teach everything.  nan where nothing is left to teach.  [derived]
+    Near 1: a few tokens teach everything.  nan where nothing is left to teach.  [reconstruction]
     """
     sizes = kl[mask].abs().sort(descending=True).values
     return float(sizes[: math.ceil(share * len(sizes))].sum() / sizes.sum())
@@ -2901,7 +2901,8 @@ def draw_curve(rows: list[dict], result: dict[str, Any], path: Path) -> None:
     for row in profiles[:: max(1, (len(profiles) - 1) // 4)]:  # position: share of the longest
         where = [(n + 0.5) / len(row["kl_at"]) for n in range(len(row["kl_at"]))]
         last.plot(where, row["kl_at"], ".-", label=f"step {row['step']}")
-    last.set(title="Where is the distance?", xlabel="position / longest", ylabel="KL, nats a token")
+    last.set(title="Where is the distance?", xlabel="position / longest", ylabel="KL, nats a token",
+             yscale="log")  # fmt: skip
     for axis in (*axes, last):
         axis.legend(fontsize=7) if axis.lines else axis.set_axis_off()
     figure.savefig(path, dpi=100)
