@@ -1386,7 +1386,10 @@ def writing_flops(model: Module, context: int, drawn: Tensor) -> float:
 
 
 def step_flops(config: Config, world: "World", rollout: Rollout, step: int) -> dict[str, float]:
-    """FLOPs of a step by part: sample (text that nobody sampled is free), score, update."""
+    """FLOPs of a step by part: sample (text that nobody sampled is free), score, update.
+
+    A remote teacher counts as none: its size is not known here.
+    """
     P, prefix = rollout.prompt_ids.shape[1], config.teacher_prefix
     drawn = rollout.mask & rollout.logprobs.isfinite()  # (B, T)
     mine = luck(config, step)[1].to(drawn.device)
@@ -1395,7 +1398,8 @@ def step_flops(config: Config, world: "World", rollout: Rollout, step: int) -> d
     if world.teacher is not None:
         sample += writing_flops(world.teacher, P, drawn[mine, :prefix])
         sample += writing_flops(world.teacher, P, drawn[~mine])
-    score = sum(reading_flops(m, rollout, heads) for m in world.frozen(config) if m is not None)
+    read = replace(world, scorer=None).frozen(config)  # an engine does its teacher's work
+    score = sum(reading_flops(m, rollout, heads) for m in read if m is not None)
     passes = heads + 2 * config.updates_per_rollout
     return dict(sample=sample, score=score, update=passes * reading_flops(world.student, rollout))
 
@@ -2783,9 +2787,9 @@ def provenance(config: Config, world: World) -> dict[str, Any]:
     """What a report needs and only the running process knows: models, tokenizer, versions."""
     about = {}
     for role, model in dict(student=world.student, teacher=world.teacher).items():
-        size = f"{model.num_parameters():,} parameters, {model.dtype}" if model else "none"
+        size = f"{model.num_parameters():,} parameters, {model.dtype}" if model else "none here"
         kind = f"{model.config.model_type}, EOS {eos_ids_of(model)}" if model else ""
-        about[role] = f"{getattr(config, role)}: {size}, {kind}"
+        about[role] = f"{getattr(config, role) or config.teacher_url}: {size}, {kind}"
     template = world.tokenizer.chat_template or ""
     digest = hashlib.sha256(template.encode()).hexdigest()[:8] if template else "none"
     about["tokenizer"] = f"{world.law['vocab_size']} tokens, chat template {digest}"

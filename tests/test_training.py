@@ -12,18 +12,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, rows_of
 
 import opd
 
 SMALL = dict(batch_size=8, eval_prompts=16, warmup=2, runs="runs")
-
-
-def rows_of(folder, timeless=True):
-    """metrics.jsonl, without the keys that hold seconds or memory."""
-    rows = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
-    keep = lambda k: not (timeless and k.endswith(("_s", "_mb")))  # noqa: E731
-    return [{k: v for k, v in row.items() if keep(k)} for row in rows]
 
 
 def ready(**fields):
