@@ -2700,7 +2700,8 @@ def train(config: Config, resume: str | Path | None = None) -> Run:
         torch.distributed.init_process_group()  # by torchrun: NCCL on GPUs, gloo on CPUs
     folder, (rank, ranks) = Path(resume) if resume else new_folder(config), process()
     n = config.batch_size // config.samples_per_prompt
-    require(n % ranks == 0, f"batch_size = {config.batch_size}: {n} prompts for {ranks} processes")
+    uneven = f"batch_size = {config.batch_size}: its {n} prompts must divide among"
+    require(n % ranks == 0, f"{uneven} {ranks} processes")
     one = f"baseline = 'value': one process only, not {ranks}"
     require(ranks == 1 or config.baseline != "value", one)
     world = load_world(config)
@@ -2972,8 +2973,9 @@ def run_command(argv: list[str]) -> None:
         raise InputError(f"resume = {resume!r}: takes no other argument; the run keeps its config")
     else:
         run = train(resumable(resume) if resume else Config.load(*words, **fields), resume)
-        print((run.dir / "report.md").read_text().partition("\n![")[0])
-        print(f"picture {run.dir}/curve.png, report {run.dir}/report.md, model {run.dir}/model")
+        if process()[0] == 0:  # the one that has written them
+            print((run.dir / "report.md").read_text().partition("\n![")[0])
+            print(f"picture {run.dir}/curve.png, report {run.dir}/report.md, model {run.dir}/model")
 
 
 def main(argv: list[str] | None = None) -> int:
