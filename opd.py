@@ -1975,7 +1975,12 @@ def load_world(config: Config) -> World:
             check_pair(student, model, tokenizer, load_tokenizer(name, role))
             law["eos_ids"] = sorted({*law["eos_ids"], *eos_ids_of(model)})
     require(config.top_k <= law["vocab_size"], fits)
-    if config.gradient_checkpointing:
+    if config.gradient_checkpointing:  # it acts in training mode, which would switch these on
+        chance = [
+            k for k, v in student.config.to_dict().items() if v and re.search("drop|jitter", k)
+        ]
+        fixed = f"gradient_checkpointing = true: the student's config must have {chance} at 0"
+        require(not chance, fixed)
         student.gradient_checkpointing_enable(dict(use_reentrant=False))
     if config.engine != "transformers" or config.teacher_url:
         add_engines(config, world)
