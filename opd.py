@@ -1387,7 +1387,10 @@ def writing_flops(model: Module, context: int, drawn: Tensor) -> float:
 
 
 def step_flops(config: Config, world: "World", rollout: Rollout, step: int) -> dict[str, float]:
-    """FLOPs of a step by part: sample (text that nobody sampled is free), score, update."""
+    """FLOPs of a step by part: sample (text that nobody sampled is free), score, update.
+
+    A remote teacher counts as none: its size is not known here.
+    """
     P, prefix = rollout.prompt_ids.shape[1], config.teacher_prefix
     drawn = rollout.mask & rollout.logprobs.isfinite()  # (B, T)
     mine = luck(config, step)[1].to(drawn.device)
@@ -1396,7 +1399,8 @@ def step_flops(config: Config, world: "World", rollout: Rollout, step: int) -> d
     if world.teacher is not None:
         sample += writing_flops(world.teacher, P, drawn[mine, :prefix])
         sample += writing_flops(world.teacher, P, drawn[~mine])
-    score = sum(reading_flops(m, rollout, heads) for m in world.frozen(config) if m is not None)
+    read = replace(world, scorer=None).frozen(config)  # an engine does its teacher's work
+    score = sum(reading_flops(m, rollout, heads) for m in read if m is not None)
     passes = heads + 2 * config.updates_per_rollout
     return dict(sample=sample, score=score, update=passes * reading_flops(world.student, rollout))
 
@@ -1972,7 +1976,12 @@ def load_world(config: Config) -> World:
             check_pair(student, model, tokenizer, load_tokenizer(name, role))
             law["eos_ids"] = sorted({*law["eos_ids"], *eos_ids_of(model)})
     require(config.top_k <= law["vocab_size"], fits)
-    if config.gradient_checkpointing:
+    if config.gradient_checkpointing:  # it acts in training mode, which would switch these on
+        chance = [
+            k for k, v in student.config.to_dict().items() if v and re.search("drop|jitter", k)
+        ]
+        fixed = f"gradient_checkpointing = true: the student's config must have {chance} at 0"
+        require(not chance, fixed)
         student.gradient_checkpointing_enable(dict(use_reentrant=False))
     if config.engine != "transformers" or config.teacher_url:
         add_engines(config, world)
@@ -2698,7 +2707,8 @@ def train(config: Config, resume: str | Path | None = None) -> Run:
         torch.distributed.init_process_group()  # by torchrun: NCCL on GPUs, gloo on CPUs
     folder, (rank, ranks) = Path(resume) if resume else new_folder(config), process()
     n = config.batch_size // config.samples_per_prompt
-    require(n % ranks == 0, f"batch_size = {config.batch_size}: {n} prompts for {ranks} processes")
+    uneven = f"batch_size = {config.batch_size}: its {n} prompts must divide among"
+    require(n % ranks == 0, f"{uneven} {ranks} processes")
     one = f"baseline = 'value': one process only, not {ranks}"
     require(ranks == 1 or config.baseline != "value", one)
     world = load_world(config)
@@ -2785,9 +2795,9 @@ def provenance(config: Config, world: World) -> dict[str, Any]:
     """What a report needs and only the running process knows: models, tokenizer, versions."""
     about = {}
     for role, model in dict(student=world.student, teacher=world.teacher).items():
-        size = f"{model.num_parameters():,} parameters, {model.dtype}" if model else "none"
+        size = f"{model.num_parameters():,} parameters, {model.dtype}" if model else "none here"
         kind = f"{model.config.model_type}, EOS {eos_ids_of(model)}" if model else ""
-        about[role] = f"{getattr(config, role)}: {size}, {kind}"
+        about[role] = f"{getattr(config, role) or config.teacher_url}: {size}, {kind}"
     template = world.tokenizer.chat_template or ""
     digest = hashlib.sha256(template.encode()).hexdigest()[:8] if template else "none"
     about["tokenizer"] = f"{world.law['vocab_size']} tokens, chat template {digest}"
@@ -2971,8 +2981,9 @@ def run_command(argv: list[str]) -> None:
         raise InputError(f"resume = {resume!r}: takes no other argument; the run keeps its config")
     else:
         run = train(resumable(resume) if resume else Config.load(*words, **fields), resume)
-        print((run.dir / "report.md").read_text().partition("\n![")[0])
-        print(f"picture {run.dir}/curve.png, report {run.dir}/report.md, model {run.dir}/model")
+        if process()[0] == 0:  # the one that has written them
+            print((run.dir / "report.md").read_text().partition("\n![")[0])
+            print(f"picture {run.dir}/curve.png, report {run.dir}/report.md, model {run.dir}/model")
 
 
 def main(argv: list[str] | None = None) -> int:

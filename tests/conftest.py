@@ -1,5 +1,6 @@
 """Shared pieces of the tests: the tiny world, small random models, and the notebook collector."""
 
+import json
 import os
 import sys
 from pathlib import Path
@@ -71,6 +72,34 @@ def random_prompts(lengths, vocab=23, seed=0):
     rows = [torch.randint(3, vocab, (n,), generator=g).tolist() for n in lengths]
     ids, mask = opd.pad(rows, left=True)
     return opd.Prompts(ids, mask, ["" for _ in rows], ["" for _ in rows])
+
+
+def rows_of(folder, timeless=True):
+    """metrics.jsonl, without the keys that hold seconds or memory."""
+    rows = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+    keep = lambda k: not (timeless and k.endswith(("_s", "_mb")))  # noqa: E731
+    return [{k: v for k, v in row.items() if keep(k)} for row in rows]
+
+
+def agree(one, other, within, but=()):
+    """Have two runs' metrics.jsonl the same nulls, and numbers as close (above 1: relatively)?
+
+    Keys that hold seconds or memory, and those of `but`, are left out.
+    """
+
+    def flat(value):
+        value = [*value.items()] if isinstance(value, dict) else value
+        parts = value if isinstance(value, list | tuple) else None
+        return [value] if parts is None else [x for part in parts for x in flat(part)]
+
+    first, second = rows_of(one), rows_of(other)
+    assert [row.keys() for row in first] == [row.keys() for row in second] and first
+    for row, twin in zip(first, second, strict=True):
+        for key in row.keys() - {*but}:
+            for x, y in zip(flat(row[key]), flat(twin[key]), strict=True):
+                same = x == y or None not in (x, y) and abs(x - y) <= within * max(1, abs(y))
+                assert same, f"step {row['step']}, {key}: {x} and {y}"
+    return True
 
 
 def random_laws(vocab=6, rows=3, steps=4, seed=0):

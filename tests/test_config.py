@@ -318,7 +318,9 @@ ELSEWHERE = {  # no effect on the loss by intention; each has its own test
     "accept": "test_extrapolation.test_the_size_of_the_validation_and_the_rule_reach_the_trigger",
     "engine": "test_engines.test_training_with_vllm_learns_like_transformers",
     "teacher_url": "test_engines.test_a_remote_teacher_teaches",
-    "gradient_checkpointing": "test_training.test_gradient_checkpointing_changes_nothing_but_memory",
+    "gradient_checkpointing": (
+        "test_training.test_gradient_checkpointing_changes_nothing_but_memory"
+    ),
     "checkpoint_every": "test_training.test_resume_after_sigkill",
     "save_dtype": "test_training.test_saved_model_loads_in_its_dtype",
     "device": "test_a_gpu_that_is_not_there",

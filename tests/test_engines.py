@@ -14,16 +14,18 @@ import sys
 import threading
 import time
 import urllib.request
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import torch
-from conftest import ROOT, random_prompts, tiny_llama
+from conftest import ROOT, agree, random_prompts, rows_of, tiny_llama
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import opd
 
-HASTY = "tiny_configs/models/student_hasty"
+HASTY, TEACHER = "tiny_configs/models/student_hasty", "tiny_configs/models/teacher"
+V, SMALL = 19, dict(batch_size=8, eval_prompts=16, device="cpu")
 GPU, HERE = torch.cuda.is_available(), importlib.util.find_spec("vllm") is not None
 needs_vllm = pytest.mark.skipif(not HERE, reason="vllm is not installed; see this file's head")
 
@@ -106,13 +108,14 @@ class Fake:
     def __init__(self, model, tokenizer, most=8, room=64):
         self.model, self.tokenizer, self.most, self.room = model, tokenizer, most, room
         self.plan, self.bodies, self.stop = [], [], threading.Event()
+        self.away = False
         fake = self
 
         class Handler(BaseHTTPRequestHandler):
             def do_POST(self):
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 fake.bodies.append(body)
-                fate = fake.plan.pop(0) if fake.plan else "answer"
+                fate = fake.plan.pop(0) if fake.plan else 503 if fake.away else "answer"
                 if fate == "never":
                     return fake.stop.wait(20)
                 code, answer = fake.reply(self.path, body) if fate == "answer" else (fate, {})
@@ -154,15 +157,23 @@ class Fake:
         return 200, dict(choices=[dict(index=i, prompt_logprobs=x) for i, x in enumerate(rows)])
 
 
-@pytest.fixture
-def fake(monkeypatch):
-    monkeypatch.setattr(opd, "REMOTE_WAITS", (0.01, 0.02, 0.03))
-    monkeypatch.setattr(opd, "REMOTE_TIMEOUT", 0.5)
-    server = Fake(tiny_llama(vocab=19), opd.load_tokenizer(HASTY))
-    yield server
+@contextmanager
+def serving(model, timeout, **limits):
+    """A fake server, and a client that does not wait long."""
+    server = Fake(model, opd.load_tokenizer(HASTY), **limits)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(opd, "REMOTE_WAITS", (0.01, 0.02, 0.03))
+        patch.setattr(opd, "REMOTE_TIMEOUT", timeout)
+        yield server
     server.stop.set()
     server.server.shutdown()
     server.server.server_close()
+
+
+@pytest.fixture
+def fake():
+    with serving(tiny_llama(vocab=19), 0.5) as server:
+        yield server
 
 
 @pytest.fixture
@@ -248,6 +259,133 @@ def test_scores_at_another_temperature_are_refused(fake, rollout):
     with pytest.raises(opd.InputError, match="temperature = 0.7: must be 1"):
         opd.RemoteTeacher(fake.url).score(rollout, 2, temperature=0.7)
     assert not fake.bodies
+
+
+# training with a remote teacher
+
+
+@pytest.fixture
+def afar(run_dir):
+    """The default run's teacher on a fake server that lists the whole vocabulary."""
+    with serving(opd.load_model(TEACHER), 60, most=V, room=256) as server:
+        yield server
+
+
+def trained(**fields):
+    return opd.train(opd.Config.load(**dict(SMALL, **fields)))
+
+
+# What a teacher that is not here cannot give: its FLOPs, its continuations of the student's text.
+NOT_HERE = ("flop_score", "continuation")
+
+
+def test_a_remote_teacher_teaches(afar):
+    fields = dict(steps=6, eval_every=6, top_k=V, warmup=0, micro_batch=4)
+    here = trained(**fields, name="here")
+    there = trained(**fields, name="there", teacher_url=afar.url)
+    assert agree(here.dir, there.dir, 1e-5, NOT_HERE)
+    assert all(row["kl"] is not None for row in rows_of(there.dir))
+    assert [row["flop_score"] for row in rows_of(there.dir)] == [0.0] * 6
+    for a, b in zip(here.model.parameters(), there.model.parameters(), strict=True):
+        assert (a - b).abs().max() < 1e-5
+    fresh = opd.load_model(HASTY).parameters()
+    assert max((a - b).abs().max() for a, b in zip(fresh, there.model.parameters(), strict=True))
+    result = json.loads((there.dir / "result.json").read_text())
+    assert result["teacher"] is None and result["student_after"] == here.result["student_after"]
+    assert f"| teacher | {afar.url}: none here" in (there.dir / "report.md").read_text()
+    card = json.loads((there.dir / "report.json").read_text())
+    assert (there.dir / "curve.png").exists() and card["result"] == result
+
+
+@pytest.mark.parametrize("fields", [dict(method="opd"), dict(support="teacher")], ids=str)
+def test_a_few_of_the_teachers_tokens_teach(afar, fields):
+    fields |= dict(steps=12, eval_every=12, top_k=4, lr=1e-3, warmup=2, decay=0.0, batch_size=16)
+    run = trained(**fields, teacher_url=afar.url)
+    rows = rows_of(run.dir)
+    rewards = [row["reward"] for row in rows]
+    assert sum(rewards[-3:]) > sum(rewards[:3]) / 2  # mean log q/p, below 0
+    assert rows[-1]["kl"] is None and rows[-1]["kl_at"] is None and rows[-1]["gated"] is not None
+    assert all(body["prompt_logprobs"] == 4 for body in afar.bodies if "prompt_logprobs" in body)
+
+
+def test_a_few_tokens_give_the_step_of_the_whole_law_or_are_refused(afar):
+    """Every method: with a sparse teacher the same update as with a local one, or one line."""
+    refused = []
+    for method, sets in opd.METHODS.items():
+        fields = dict(method=method, top_k=4, batch_size=4, horizon=12, max_tokens=53, warmup=0)
+        if sets.keys() & {"horizon", "schedule"}:
+            fields.pop("horizon")
+        try:
+            config = opd.Config.load(**fields, teacher_url=afar.url)
+            there = opd.load_world(config)
+        except opd.InputError as error:
+            assert "\n" not in str(error)
+            assert "top_k = 4: this loss reads" in str(error) or "teacher_url" in str(error)
+            refused.append(method)
+            continue
+        rows, weights = [], []
+        for world in (opd.load_world(opd.Config.load(**fields)), there):
+            rows.append(opd.train_step(config, world, opd.make_optimizer(config, world), 0, []))
+            weights.append([*world.student.parameters()])
+        assert rows[0]["loss"] == pytest.approx(rows[1]["loss"], abs=1e-5), method
+        assert rows[0]["grad_norm"] == pytest.approx(rows[1]["grad_norm"], rel=1e-4), method
+        assert rows[0]["gated"] == rows[1]["gated"] and rows[0]["weight"] == rows[1]["weight"]
+    trains = ["opd", "opd_plus", "aopd", "iw_opd", "gae_opd", "cr_opd"]
+    assert [method for method in opd.METHODS if method not in refused] == trains
+
+
+def test_a_loss_that_needs_more_than_the_top_k_is_refused(afar, run_dir, capsys):
+    assert opd.main(["--teacher_url", afar.url, "--top_k", "4"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("opd.py: top_k = 4: this loss reads more of the teacher's law than its")
+    assert "use 19" in said and said.count("\n") == 1
+    assert opd.main(["--teacher_url", afar.url, "--top_k", "20"]) == 2
+    assert "top_k = 20: must be at most" in capsys.readouterr().err
+    assert [*run_dir.iterdir()] == []
+
+
+def lost(step, leave, *words):
+    """opd.main, whose teacher leaves within step `step`; its exit code."""
+    step_of, steps = opd.train_step, []
+
+    def train_step(*arguments):
+        steps.extend([arguments[3]] * (arguments[3] < opd.MANY))  # more: of the diagnostics
+        if arguments[3] == step:
+            leave()
+        return step_of(*arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(opd, "train_step", train_step)
+        code = opd.main([str(word) for word in words])
+    return code, steps
+
+
+@pytest.mark.parametrize("step", [0, 4])
+def test_a_teacher_that_leaves_for_good_and_comes_back(afar, run_dir, capsys, step):
+    words = "--steps 7 --batch_size 8 --micro_batch 4 --eval_prompts 16 --eval_every 7 --top_k 19"
+    words = [*words.split(), "--teacher_url", afar.url]
+    assert opd.main([*words, "--name", "whole"]) == 0
+
+    def leave():  # after the first of the step's micro-batches
+        afar.plan, afar.away = ["answer"], True
+
+    capsys.readouterr()
+    code, steps = lost(step, leave, *words, "--name", "cut")
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert code == 3 and steps == [*range(step + 1)]
+    assert said.startswith(f"opd.py: teacher_url = {afar.url!r}: no answer in 4 tries")
+    assert f"stopped after step {step} of 7" in said
+    assert said.endswith("go on with: python opd.py --resume runs/cut")
+    assert (run_dir / "runs/cut" / opd.CHECKPOINT).exists() and len(rows_of("runs/cut")) == step
+    assert not (run_dir / "runs/cut/result.json").exists()
+    assert opd.main(["--resume", "runs/cut"]) == 3  # still away
+    afar.away = False
+    assert opd.main(["--resume", "runs/cut"]) == 0
+    assert len(rows_of("runs/cut")) == 7 and agree("runs/cut", "runs/whole", 1e-4)
+    results = [
+        json.loads((run_dir / f"runs/{x}/result.json").read_text()) for x in ("cut", "whole")
+    ]
+    assert all(r.pop("seconds") for r in results) and results[0] == results[1]
 
 
 @pytest.mark.skipif(HERE, reason="vllm is installed")

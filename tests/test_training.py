@@ -9,21 +9,15 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, agree, rows_of
 
 import opd
 
 SMALL = dict(batch_size=8, eval_prompts=16, warmup=2, runs="runs")
-
-
-def rows_of(folder, timeless=True):
-    """metrics.jsonl, without the keys that hold seconds or memory."""
-    rows = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
-    keep = lambda k: not (timeless and k.endswith(("_s", "_mb")))  # noqa: E731
-    return [{k: v for k, v in row.items() if keep(k)} for row in rows]
 
 
 def ready(**fields):
@@ -187,6 +181,84 @@ def test_bf16_autocast_changes_the_scores():
         assert logp.dtype == logq.dtype == torch.float32
         scores.append(logp.detach())
     assert 0 < (scores[0] - scores[1]).abs().max() < 1.0
+
+
+# gradient checkpointing
+
+
+def observed_step(**fields):
+    """One step's row and gradients, the first layer's modes in its calls, the bytes kept."""
+    config, world, _ = ready(**fields)
+    calls, gradients, kept = [], [], []
+
+    def called(layer, arguments):
+        calls.append((layer.training, torch.is_grad_enabled()))
+
+    def look():
+        gradients.extend(p.grad.clone() for p in world.student.parameters())
+
+    world.student.model.layers[0].register_forward_pre_hook(called)
+    zero_grad = world.trained().zero_grad
+    watcher = SimpleNamespace(param_groups=[{}], step=look, zero_grad=zero_grad)
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda x: kept.append(x.nbytes) or x, lambda x: x
+    ):
+        row = opd.train_step(config, world, watcher, 0, [])
+    assert not any(module.training for module in world.student.modules())
+    sampled = calls.index(next(filter(any, calls)))  # in eval mode without gradient until then
+    again = opd.make_states(config, world, opd.step_prompts(config, world.task, 0), 0, 53)
+    return row, gradients, calls[sampled:], sum(kept), again
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [dict(), dict(micro_batch=3), dict(micro_batch=3, precision="bf16"),
+     dict(method="gae_opd"), dict(method="iw_opd", updates_per_rollout=2)],
+    ids=str,
+)  # fmt: skip
+def test_gradient_checkpointing_changes_nothing_but_memory(fields):
+    plain = observed_step(**fields)
+    less = observed_step(**fields, gradient_checkpointing=True)
+    for key in plain[0].keys() - {"memory_mb"}:
+        if not key.endswith("_s"):
+            assert plain[0][key] == pytest.approx(less[0][key], abs=1e-6), key
+    assert plain[1] and len(plain[1]) == len(less[1])
+    for a, b in zip(plain[1], less[1], strict=True):
+        assert (a - b).abs().max() < 1e-6
+    n = (3 if "micro_batch" in fields else 1) * fields.get("updates_per_rollout", 1)
+    assert plain[2].count((False, True)) == n and not any(training for training, _ in plain[2])
+    assert less[2].count((True, True)) == 2 * n  # forward, and again for the backward pass
+    assert (False, True) not in less[2] and (True, False) not in less[2]
+    assert less[3] < plain[3] / 3
+    assert torch.equal(plain[4].tokens, less[4].tokens)
+    assert torch.equal(plain[4].logprobs, less[4].logprobs)
+
+
+def test_a_run_with_checkpointing_micro_batches_and_bf16_is_the_run_without_the_first(run_dir):
+    fields = dict(SMALL, steps=8, eval_every=0, lr=1e-3, micro_batch=3, precision="bf16")
+    plain = opd.train(opd.Config.load(**fields, name="plain"))
+    less = opd.train(opd.Config.load(**fields, name="less", gradient_checkpointing=True))
+    assert agree(plain.dir, less.dir, 1e-6)
+    kl = [row["kl"] for row in rows_of(less.dir)]
+    assert sum(kl[-2:]) < sum(kl[:2]) / 2
+
+
+@pytest.mark.parametrize("chance", [dict(attention_dropout=0.1), dict(input_jitter_noise=0.01)])
+def test_checkpointing_a_model_with_dropout_is_refused(chance, run_dir, capsys):
+    """In training mode the scores would be of another law than the one sampled from."""
+    student = opd.load_model("tiny_configs/models/student_hasty")
+    student.config.update(chance)
+    student.save_pretrained("chancy")
+    opd.load_tokenizer("tiny_configs/models/student_hasty").save_pretrained("chancy")
+    row = observed_step(student="chancy")[0]
+    assert row["engine_gap_max"] < 1e-4  # without it: eval mode, where nothing is left to chance
+    words = ["--student", "chancy", "--device", "cpu", "--gradient_checkpointing", "true"]
+    assert opd.main(words) == 2
+    said = capsys.readouterr().err
+    assert said == (
+        f"opd.py: gradient_checkpointing = true: the student's config must have {[*chance]} at 0\n"
+    )
+    assert not (run_dir / "runs").exists()
 
 
 # evaluation
