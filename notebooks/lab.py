@@ -333,7 +333,7 @@ def run_one(fields: dict[str, Any], extra: str | None = None) -> dict[str, Any]:
                    for key in DIAGNOSIS for when, part in parts.items()}  # fmt: skip
     if extra == "check":
         verdict = opd.check(opd.Config.load(**fields))
-        metrics |= {k: round(verdict.numbers[k], 4) for k in CHECKED}
+        metrics = {k: round(verdict.numbers[k], 4) for k in CHECKED}
         at_end |= dict(decision=verdict.decision, teacher=run.result["teacher"]["accuracy"])
     if extra == "entropy":
         ordinary = opd.Config.load(**{**fields, "aligned": None, "aligned_share": 1.0})
