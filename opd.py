@@ -1977,11 +1977,9 @@ def load_world(config: Config) -> World:
             law["eos_ids"] = sorted({*law["eos_ids"], *eos_ids_of(model)})
     require(config.top_k <= law["vocab_size"], fits)
     if config.gradient_checkpointing:  # it acts in training mode, which would switch these on
-        chance = [
-            k for k, v in student.config.to_dict().items() if v and re.search("drop|jitter", k)
-        ]
-        fixed = f"gradient_checkpointing = true: the student's config must have {chance} at 0"
-        require(not chance, fixed)
+        settings = student.config.to_dict().items()
+        chance = [key for key, value in settings if value and re.search("drop|jitter", key)]
+        require(not chance, f"gradient_checkpointing = true: needs the student's {chance} at 0")
         student.gradient_checkpointing_enable(dict(use_reentrant=False))
     if config.engine != "transformers" or config.teacher_url:
         add_engines(config, world)
@@ -2455,14 +2453,16 @@ def step_metrics(
     peak = kilobytes * (1 if sys.platform == "darwin" else 1024)
     gpu, tokens, whole = world.student.device.type == "cuda", int(mask.sum()), {}
     drawn = mask & t["engine"].isfinite()
+    mine = drawn & luck(c, step)[1].to(drawn.device)[:, None]  # the student's own
+    mine[:, : c.teacher_prefix] = False
     if "kl" in t and tokens:
         parts = kl_by_position(t["kl"], mask).split(math.ceil(mask.shape[1] / KL_PARTS))
         mean_reward = t["reward"].sum(1) / mask.sum(1).clamp(min=1)
         whole["top_5_percent"] = known(top_share(t["kl"], mask))
         whole |= dict(auroc=known(auroc(mean_reward, right)))
         whole |= dict(kl_at=[known(part.nanmean()) for part in parts])
-    if drawn.any():  # the trainer's law against the one sampled from
-        gap = (t["before"] - t["engine"])[drawn]
+    if mine.any():  # the trainer's law against the one sampled from
+        gap = (t["before"] - t["engine"])[mine]
         over = gap.exp() > (c.importance_cap or math.inf)
         whole |= dict(engine_gap=float(gap.abs().mean()), engine_gap_max=float(gap.abs().max()))
         whole |= dict(ratio=float(gap.exp().mean()), ratio_max=float(gap.exp().max()))
@@ -2995,7 +2995,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"opd.py: {str(error) or 'interrupted'}", file=sys.stderr)
         return codes[type(error)]
     finally:
-        if torch.distributed.is_initialized():
+        if torch.distributed.is_initialized() and "vllm" not in sys.modules:  # which does it itself
             torch.distributed.destroy_process_group()
     return 0
 

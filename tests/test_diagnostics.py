@@ -2,10 +2,11 @@
 
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, random_prompts, tiny_llama
 
 import opd
 
@@ -162,3 +163,70 @@ def test_check_on_the_command_line(capsys, monkeypatch, tmp_path):
     assert json.loads(out[out.index("{") :])["horizon"] == 53
     assert opd.main(["check", str(file), "--teacher", "none", "--method", "sft"]) == 2
     assert capsys.readouterr().err == "opd.py: teacher = null: check needs one\n"
+
+
+# the trainer's law against the one sampled from
+
+
+def metrics_of(before, engine, mask, **fields):
+    """step_metrics on a made-up table: log-probs of the trainer and of the sampler, (2, 3)."""
+    fields = dict(batch_size=2, max_tokens=3) | fields
+    config, mask = opd.Config.load(**fields), torch.tensor(mask, dtype=torch.bool)
+    prompts, none = random_prompts([2, 2], vocab=19), torch.zeros(2, 3)
+    rollout = opd.Rollout(
+        prompts.ids, prompts.mask, none.long(), mask, torch.tensor(engine), none[:, 0].bool()
+    )
+    table = opd.token_table(config, rollout, torch.zeros(2))
+    table["before"] = torch.tensor(before)
+    world = opd.World(tiny_llama(vocab=19), None, None, None, {}, None)
+    sums = dict(loss=0.0, grad_norm=0.0)
+    row = opd.step_metrics(config, world, 0, 3, prompts, table, sums)
+    keys = ("engine_gap", "engine_gap_max", "ratio", "ratio_max", "ratio_clipped")
+    return [row[key] for key in keys], row["tokens_sampled"]
+
+
+LN2 = math.log(2)
+TRAINER = [[-1.0 + LN2, -2.0, 99.0], [-3.0 - LN2, -1.0, -5.0 + 2 * LN2]]
+SAMPLER = [[-1.0, -2.0, -99.0], [-3.0, -1.0, -5.0]]
+MASK = [[1, 1, 0], [1, 0, 1]]  # ratios 2, 1, 1/2, 4
+
+
+def test_engine_gap_and_ratio_by_hand():
+    known, n = metrics_of(TRAINER, SAMPLER, MASK)
+    assert known == pytest.approx([LN2, 2 * LN2, 7.5 / 4, 4.0, 0.0], rel=1e-6) and n == 4
+    for cap, share in ((0.9, 0.75), (1.5, 0.5), (3.0, 0.25), (5.0, 0.0)):
+        assert metrics_of(TRAINER, SAMPLER, MASK, importance_cap=cap)[0][-1] == share
+
+
+def test_engine_gap_is_null_where_the_student_did_not_write():
+    nobody = [[math.nan] * 3] * 2
+    data = dict(states="data", feedback="imitation")
+    assert metrics_of(TRAINER, nobody, MASK, **data) == ([None] * 5, 0)
+    assert metrics_of(TRAINER, SAMPLER, MASK, states="teacher") == ([None] * 5, 4)
+    known, n = metrics_of(TRAINER, SAMPLER, MASK, teacher_prefix=2)  # the last token is left
+    assert known == pytest.approx([2 * LN2, 2 * LN2, 4.0, 4.0, 0.0], rel=1e-6) and n == 4
+    shares = []
+    for seed in range(40):  # mixed: the rows that the student has written
+        mixed = dict(states="mixed", off_policy="data", student_share=0.5, seed=seed)
+        mine = opd.luck(opd.Config.load(batch_size=2, max_tokens=3, **mixed), 0)[1].tolist()
+        engine = [row if own else nobody[0] for row, own in zip(SAMPLER, mine, strict=True)]
+        known, n = metrics_of(TRAINER, engine, MASK, **mixed)
+        assert n == 2 * sum(mine)
+        gap = {(1, 1): LN2, (1, 0): LN2 / 2, (0, 1): 1.5 * LN2, (0, 0): None}[(*mine,)]
+        assert known[0] == (gap and pytest.approx(gap, rel=1e-6))
+        mixed["off_policy"] = "teacher"
+        assert metrics_of(TRAINER, SAMPLER, MASK, **mixed)[0][0] == known[0]
+        shares.append(sum(mine))
+    assert {*shares} == {0, 1, 2}
+    assert metrics_of(TRAINER, SAMPLER, [[0] * 3] * 2)[0] == [None] * 5
+
+
+@pytest.mark.parametrize("top_p", [1.0, 0.8])
+def test_engine_gap_of_the_own_sampler_is_rounding_and_of_a_nucleus_the_mass_kept(top_p):
+    config = opd.Config.load(batch_size=8, max_tokens=20, top_p=top_p)
+    nothing = SimpleNamespace(param_groups=[{}], step=lambda: None, zero_grad=lambda: None)
+    row = opd.train_step(config, opd.load_world(config), nothing, 0, [])
+    if top_p == 1:
+        assert row["engine_gap_max"] < 1e-4 and row["ratio"] == pytest.approx(1, abs=1e-5)
+    else:
+        assert top_p - 1e-5 <= row["ratio"] < row["ratio_max"] <= 1 + 1e-5

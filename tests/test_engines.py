@@ -8,13 +8,14 @@ import copy
 import importlib.util
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
 import urllib.request
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -27,6 +28,7 @@ import opd
 HASTY, TEACHER = "tiny_configs/models/student_hasty", "tiny_configs/models/teacher"
 V, SMALL = 19, dict(batch_size=8, eval_prompts=16, device="cpu")
 GPU, HERE = torch.cuda.is_available(), importlib.util.find_spec("vllm") is not None
+ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 needs_vllm = pytest.mark.skipif(not HERE, reason="vllm is not installed; see this file's head")
 
 
@@ -308,9 +310,9 @@ def test_a_few_of_the_teachers_tokens_teach(afar, fields):
     assert all(body["prompt_logprobs"] == 4 for body in afar.bodies if "prompt_logprobs" in body)
 
 
-def test_a_few_tokens_give_the_step_of_the_whole_law_or_are_refused(afar):
+def test_a_few_tokens_give_the_step_of_the_whole_law_or_are_refused(afar, monkeypatch):
     """Every method: with a sparse teacher the same update as with a local one, or one line."""
-    refused = []
+    refused, whole = [], opd.CHUNK_LOGITS
     for method, sets in opd.METHODS.items():
         fields = dict(method=method, top_k=4, batch_size=4, horizon=12, max_tokens=53, warmup=0)
         if sets.keys() & {"horizon", "schedule"}:
@@ -324,9 +326,11 @@ def test_a_few_tokens_give_the_step_of_the_whole_law_or_are_refused(afar):
             refused.append(method)
             continue
         rows, weights = [], []
+        monkeypatch.setattr(opd, "CHUNK_LOGITS", whole)
         for world in (opd.load_world(opd.Config.load(**fields)), there):
             rows.append(opd.train_step(config, world, opd.make_optimizer(config, world), 0, []))
             weights.append([*world.student.parameters()])
+            monkeypatch.setattr(opd, "CHUNK_LOGITS", 16 * V)  # the remote teacher's: in chunks
         assert rows[0]["loss"] == pytest.approx(rows[1]["loss"], abs=1e-5), method
         assert rows[0]["grad_norm"] == pytest.approx(rows[1]["grad_norm"], rel=1e-4), method
         assert rows[0]["gated"] == rows[1]["gated"] and rows[0]["weight"] == rows[1]["weight"]
@@ -627,18 +631,14 @@ def test_a_model_that_vllm_cannot_run_is_refused_at_the_start():
     assert "\n" not in str(error.value)
 
 
-@pytest.fixture(scope="module")
-def server(folders):
-    if not HERE:
-        pytest.skip("vllm is not installed; see this file's head")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    options = dict(model=folders["tied"], host="127.0.0.1", port=port, dtype="float32")
+@contextmanager
+def serve(folder, port):
+    """vLLM's own server, in a process group of its own, killed at the end; yields the process."""
+    options = dict(model=folder, host="127.0.0.1", port=port, dtype="float32")
     options |= {"max-model-len": 128, "max-num-seqs": 16, "max-logprobs": 19}
     words = [f"--{key}={value}" for key, value in options.items()]
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--enforce-eager"]
-    quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
     settings = os.environ | opd.VLLM_SETTINGS | dict(VLLM_ENABLE_V1_MULTIPROCESSING="1")
     process = subprocess.Popen([*command, *words], env=settings, cwd=ROOT, **quiet)
     try:
@@ -651,10 +651,33 @@ def server(folders):
             except OSError:
                 time.sleep(1)
         print(f"\nserver: {time.perf_counter() - start:.0f} s")
-        yield f"http://127.0.0.1:{port}"
+        yield process
     finally:
-        process.terminate()
-        process.wait(30)
+        kill(process)
+
+
+def kill(process):
+    """SIGKILL to the server and to its engine."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait(30)
+
+
+@pytest.fixture(scope="module")
+def process(folders):
+    if not HERE:
+        pytest.skip("vllm is not installed; see this file's head")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with serve(folders["tied"], port) as process:
+        process.port = port
+        yield process
+
+
+@pytest.fixture
+def server(process):
+    return f"http://127.0.0.1:{process.port}"
 
 
 @pytest.mark.parametrize("k", [0, 5, 19])
@@ -681,3 +704,67 @@ def test_a_real_server_says_no_in_one_line(server, other):
             teacher.check(*arguments)
         print(f"\n{error.value}")
         assert "\n" not in str(error.value)
+
+
+# training with vLLM
+
+
+@needs_vllm
+def test_training_with_vllm_learns_like_transformers(folders, run_dir):
+    """vLLM draws with its own luck, so the two runs meet other texts and only their ends compare.
+
+    At the end 512 prompts measure either accuracy to about .03 (95%); .1 leaves room for what
+    another seed of the texts changes.
+    """
+    wide_heads(opd.load_model(TEACHER)).save_pretrained("teacher")
+    opd.load_tokenizer(TEACHER).save_pretrained("teacher")
+    fields = dict(student=folders["tied"], teacher="teacher", top_k=V, steps=20, batch_size=32)
+    fields |= dict(eval_every=20, eval_prompts=512, lr=1e-3, warmup=4)
+    trained(**fields, name="transformers")
+    words = [f"--{key}={value}" for key, value in dict(fields, device="cpu").items()]
+    command = [sys.executable, ROOT / "opd.py", *words, "--engine=vllm_both", "--name=vllm_both"]
+    done = subprocess.run(command, capture_output=True, text=True, env=ONE_THREAD)
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+    runs = {engine: opd.Path("runs", engine) for engine in ("transformers", "vllm_both")}
+    results = [json.loads((run / "result.json").read_text()) for run in runs.values()]
+    for (engine, run), result in zip(runs.items(), results, strict=True):
+        rows = rows_of(run)
+        before, after = result["student_before"], result["student_after"]
+        gap, validated = max(row["engine_gap"] for row in rows), rows[-1]["accuracy"]
+        print(f"\n{engine}: test {before['accuracy']:.3f} to {after['accuracy']:.3f}, validation "
+              f"{validated:.3f}, KL {rows[0]['kl']:.3f} to {rows[-1]['kl']:.4f}, engine_gap "
+              f"{gap:.1e}, {result['seconds']:.1f} s")  # fmt: skip
+        assert before["high"] + 0.2 < after["low"] and validated > before["high"]
+        assert len(rows) == 20 and gap < 1e-4
+        assert rows[-1]["kl"] < rows[0]["kl"] / 4
+    one, other = results
+    assert abs(one["student_after"]["accuracy"] - other["student_after"]["accuracy"]) < 0.1
+    assert one["teacher"] == other["teacher"] and one["student_before"] == other["student_before"]
+    ours, theirs = map(rows_of, runs.values())
+    assert abs(ours[-1]["accuracy"] - theirs[-1]["accuracy"]) < 0.1
+    assert [row["loss"] for row in ours] != [row["loss"] for row in theirs]  # its own luck
+    assert ours[0].keys() == theirs[0].keys() and theirs[0]["flop_score"] > 0
+
+
+@needs_vllm
+def test_a_real_server_is_killed_in_mid_run_and_comes_back(
+    process, server, folders, run_dir, capsys, monkeypatch
+):
+    """The last test of the file: it ends the module's server."""
+    monkeypatch.setattr(opd, "REMOTE_WAITS", (0.1, 0.2))
+    student = "tiny_configs/models/student_muddled"
+    words = ["--teacher_url", server, "--student", student, "--device", "cpu", "--top_k", str(V)]
+    words += "--steps 8 --batch_size 8 --eval_prompts 16 --eval_every 8 --lr 1e-3".split()
+    assert opd.main([*words, "--name", "whole"]) == 0
+    capsys.readouterr()
+    code, steps = lost(5, lambda: kill(process), *words, "--name", "cut")
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert code == 3 and steps == [0, 1, 2, 3, 4, 5] and len(rows_of("runs/cut")) == 5
+    assert f"teacher_url = {server!r}: no answer in 3 tries" in said
+    assert said.endswith("stopped after step 5 of 8; go on with: python opd.py --resume runs/cut")
+    with serve(folders["tied"], process.port):
+        assert opd.main(["--resume", "runs/cut"]) == 0
+    assert len(rows_of("runs/cut")) == 8 and agree("runs/cut", "runs/whole", 1e-4)
+    kl = [row["kl"] for row in rows_of("runs/whole")]
+    print(f"\nKL {kl[0]:.3f} -> {kl[-1]:.3f}")
+    assert kl[-1] < kl[0]

@@ -87,6 +87,24 @@ def whole_loss(config, world, rollout):
     ids=str,
 )  # fmt: skip
 def test_chunks_give_the_loss_and_gradient_of_the_whole(fields, chunk, monkeypatch):
+    compare_chunks_with_the_whole(fields, chunk, monkeypatch)
+
+
+TRUNCATED = {
+    "reverse_kl": ("stop_gradient", "generalised", "renormalise", "bucket"),
+    "forward_kl": ("renormalise", "bucket"),
+}
+
+
+@pytest.mark.parametrize("support", ["student", "teacher", "union", "intersection"])
+@pytest.mark.parametrize("divergence, tail", [(d, t) for d in TRUNCATED for t in TRUNCATED[d]])
+def test_chunks_of_every_truncated_divergence(divergence, tail, support, monkeypatch):
+    assert {*opd.get_args(opd.Tail)} == {t for tails in TRUNCATED.values() for t in tails}
+    fields = dict(divergence=divergence, tail=tail, support=support, top_k=3)
+    compare_chunks_with_the_whole(fields, 3 * 19, monkeypatch)
+
+
+def compare_chunks_with_the_whole(fields, chunk, monkeypatch):
     config, world, _ = ready(batch_size=4, horizon=9, **fields)
     prompts = opd.step_prompts(config, world.task, 0)
     rollout = opd.make_states(config, world, prompts, 0, 9)
@@ -95,17 +113,17 @@ def test_chunks_give_the_loss_and_gradient_of_the_whole(fields, chunk, monkeypat
     monkeypatch.setattr(opd, "CHUNK_LOGITS", chunk)
     monkeypatch.setattr(opd, "CHUNK_TOKENS", 1)
     table = opd.token_table(config, rollout, torch.zeros(4, dtype=torch.bool))
-    kept, total, seen = {}, 0.0, 0
+    kept, total, seen, most = {}, 0.0, 0, max(1, chunk // 19)
     for rows in (torch.arange(0, 1), torch.arange(1, 4)):
         for at, *laws in opd.score_chunks(config, world, rollout, rows, kept, lambda key: None):
-            assert len(laws[0]) <= max(1, chunk // 19)
+            assert len(laws[0]) <= most
             opd.first_look(config, table, at, *laws[:2])
             now = {name: values[at] for name, values in table.items()}
             loss = opd.token_loss(config, *laws, now)
             loss = (loss * now["emphasis"] * now["weight"]).sum()
             loss.backward()
             total, seen = total + loss.item(), seen + len(at[0])
-    assert seen == int(rollout.mask.sum())  # response tokens only, each once
+    assert seen == int(rollout.mask.sum()) > 0 < abs(expected)  # response tokens only, each once
     assert total == pytest.approx(expected, abs=1e-5)
     for a, b in zip(gradients, world.student.parameters(), strict=True):
         assert (a - b.grad).abs().max() < 1e-5
@@ -256,7 +274,7 @@ def test_checkpointing_a_model_with_dropout_is_refused(chance, run_dir, capsys):
     assert opd.main(words) == 2
     said = capsys.readouterr().err
     assert said == (
-        f"opd.py: gradient_checkpointing = true: the student's config must have {[*chance]} at 0\n"
+        f"opd.py: gradient_checkpointing = true: needs the student's {[*chance]} at 0\n"
     )
     assert not (run_dir / "runs").exists()
 
