@@ -1644,7 +1644,7 @@ def check(config: Config) -> Verdict:
     In this order, the first that holds: *other teacher*, where it finishes the student's text
     (from nothing, or from a prefix) no better than the student; *cold start first*, where on that
     text they rarely agree, or the teacher has little mass on the student's top 4; *shorten the
-    horizon*, where only the later text is like that (horizon: where it begins); else *go*.
+    horizon*, where all later text is like that (horizon: where it begins); else *go*.
     Overlap ratios are shown and decide nothing: on tiny models they mislead.  Nor does the
     advantage by depth decide the horizon: no teacher recovers from a fatal mistake, yet it teaches.
     [secondary: 2604.13016, the questions; reconstruction: rules and thresholds]
@@ -1669,13 +1669,13 @@ def check(config: Config) -> Verdict:
     depth = continuation_advantage(world.student, world.teacher, task, prompts, depths, **law)
     numbers["gain"] = max(at["advantage"] for at in depth.values())
     numbers |= dict(student=depth[0]["student"], teacher=depth[0]["teacher"], by_depth=depth)
-    numbers["horizon"], width = task.max_tokens, max(1, own.tokens.shape[1] // CHECK_PARTS)
-    for start in range(0, own.tokens.shape[1], width):
-        part = slice(start, start + width)
-        if any(float(seen[key][:, part][own.mask[:, part]].mean()) < CHECK_LEAST[key]
-               for key in ("agreement", "teacher_mass")):  # fmt: skip
-            numbers["horizon"] = start
-            break
+    numbers["horizon"], width = 0, max(1, own.tokens.shape[1] // CHECK_PARTS)
+    for start in range(0, own.tokens.shape[1], width):  # up to the last part that is fine
+        part, last = slice(start, start + width), start + width >= own.tokens.shape[1]
+        kinds = ("agreement", "teacher_mass")
+        here = {key: float(seen[key][:, part][own.mask[:, part]].mean()) for key in kinds}
+        if all(value >= CHECK_LEAST[key] for key, value in here.items()):
+            numbers["horizon"] = task.max_tokens if last else start + width
     templates = [load_tokenizer(name).chat_template for name in (c.student, c.teacher)]
     for what, same in (("EOS ids", eos_ids_of(world.student) == eos_ids_of(world.teacher)),
                        ("chat templates", templates[0] == templates[1])):  # fmt: skip
@@ -1945,6 +1945,26 @@ class Run:
     base: dict[str, Tensor]
 
 
+def process() -> tuple[int, int]:
+    """This process's number and how many there are: (0, 1) unless torchrun started several."""
+    if not torch.distributed.is_initialized():
+        return 0, 1
+    return torch.distributed.get_rank(), torch.distributed.get_world_size()
+
+
+def everyone(x: Tensor, how: str = "SUM") -> Tensor:
+    """The sum (or MAX) of a tensor over all processes, in place."""
+    if process()[1] > 1:
+        torch.distributed.all_reduce(x, getattr(torch.distributed.ReduceOp, how))
+    return x
+
+
+def own_share(config: Config) -> Tensor:
+    """The rows of the batch that this process works on."""
+    rank, ranks = process()
+    return torch.arange(config.batch_size).chunk(ranks)[rank]
+
+
 def load_world(config: Config) -> World:
     """Models, tokenizer and task of a config; InputError, before the slow parts where it can."""
     cuda = torch.cuda.is_available() and config.device != "cpu"
@@ -2107,12 +2127,6 @@ def micro_batches(config: Config) -> tuple[Tensor, ...]:
     """The rows of each backward pass, counted within this process's share."""
     rows = torch.arange(len(own_share(config)))
     return rows.split(config.micro_batch or len(rows))
-
-
-def own_share(config: Config) -> Tensor:
-    """The rows of the batch that this process works on."""
-    rank, ranks = process()
-    return torch.arange(config.batch_size).chunk(ranks)[rank]
 
 
 def score_chunks(
@@ -2321,33 +2335,6 @@ def lr_at(step: int, config: Config) -> float:
     return config.lr * min(1.0, up, down)
 
 
-def process() -> tuple[int, int]:
-    """This process's number and how many there are: (0, 1) unless torchrun started several."""
-    several = torch.distributed.is_initialized()
-    rank = torch.distributed.get_rank if several else lambda: 0
-    return rank(), torch.distributed.get_world_size() if several else 1
-
-
-def everyone(x: Tensor, how: str = "SUM") -> Tensor:
-    """The sum (or MAX) of a tensor over all processes, in place."""
-    if process()[1] > 1:
-        torch.distributed.all_reduce(x, getattr(torch.distributed.ReduceOp, how))
-    return x
-
-
-def whole_table(table: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Tables (b, T) of this process -> (B, T) of all, in the order of the batch's rows."""
-    if process()[1] == 1:
-        return table
-    T = int(everyone(torch.tensor(table["mask"].shape[1]).to(table["mask"].device), "MAX"))
-    wide = [torch.nn.functional.pad(x.double(), (0, T - x.shape[1])) for x in table.values()]
-    mine = torch.stack(wide, dim=1)  # (b, tables, T)
-    parts = [torch.empty_like(mine) for _ in range(process()[1])]
-    torch.distributed.all_gather(parts, mine)
-    columns = zip(table.items(), torch.cat(parts).unbind(1), strict=True)
-    return {name: column.to(own.dtype) for (name, own), column in columns}
-
-
 def stage(config: Config, step: int) -> Config:
     """The config of a step: imitation of the teacher's responses in the cold start."""
     return config.model_copy(update=COLD_START) if step < config.cold_start else config
@@ -2431,6 +2418,19 @@ def take_note(
             gated = entropy_gate(logq, c.entropy_threshold)
         found["gated"] = gated
     keep(table, found, at, table["mask"])
+
+
+def whole_table(table: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tables (b, T) of this process -> (B, T) of all, in the order of the batch's rows."""
+    if process()[1] == 1:
+        return table
+    T = int(everyone(torch.tensor(table["mask"].shape[1]).to(table["mask"].device), "MAX"))
+    wide = [torch.nn.functional.pad(x.double(), (0, T - x.shape[1])) for x in table.values()]
+    mine = torch.stack(wide, dim=1)  # (b, tables, T)
+    parts = [torch.empty_like(mine) for _ in range(process()[1])]
+    torch.distributed.all_gather(parts, mine)
+    columns = zip(table.items(), torch.cat(parts).unbind(1), strict=True)
+    return {name: column.to(own.dtype) for (name, own), column in columns}
 
 
 DIAGNOSED = {key: key for key in (  # key of metrics.jsonl -> the table whose mean it is

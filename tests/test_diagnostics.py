@@ -153,6 +153,20 @@ def test_each_threshold_decides(monkeypatch):
         monkeypatch.setattr(opd, "CHECK_PROMPTS", 32)
 
 
+def test_check_shortens_the_horizon_where_all_later_text_is_foreign(monkeypatch):
+    config, keep = opd.Config.load(student="tiny_configs/models/student_novice"), opd.keep
+    monkeypatch.setattr(opd, "CHECK_PROMPTS", 32)
+
+    def foreign_after_20(seen, found, at, mask):
+        keep(seen, found, at, mask)
+        for name in ("agreement", "teacher_mass"):
+            seen[name][:, 3], seen[name][:, 20:] = 0, 0  # one bad token early does not matter
+
+    monkeypatch.setattr(opd, "keep", foreign_after_20)
+    verdict = opd.check(config)
+    assert verdict.decision == "shorten the horizon" and 18 <= verdict.numbers["horizon"] <= 24
+
+
 def test_check_on_the_command_line(capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(opd, "CHECK_PROMPTS", 16)
     file = tmp_path / "pair.json"
