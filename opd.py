@@ -2123,6 +2123,14 @@ def make_states(config: Config, world: World, prompts: Prompts, step: int, horiz
     return take(join(parts), torch.cat([rows for _, rows in turns]).argsort())
 
 
+def judge(config: Config, world: World, prompts: Prompts, rollout: Rollout, step: int) -> Tensor:
+    """Which responses are right: (B,) bool.  In the cold start only right, whole ones stay in."""
+    right = world.task.verify(take(prompts, own_share(config)), rollout)
+    if step < config.cold_start:
+        rollout.mask &= (right.to(rollout.mask.device) & rollout.finished)[:, None]
+    return right
+
+
 def micro_batches(config: Config) -> tuple[Tensor, ...]:
     """The rows of each backward pass, counted within this process's share."""
     rows = torch.arange(len(own_share(config)))
@@ -2356,9 +2364,7 @@ def train_step(config: Config, world: World, optimizer: AdamW, step: int, histor
     lap, horizon = stopwatch(seconds), horizon_at(step, config, history)
     prompts = step_prompts(config, world.task, step)
     rollout = make_states(config, world, prompts, step, horizon)  # STATES: who writes
-    right = world.task.verify(take(prompts, own_share(config)), rollout)  # (B,)
-    if step < config.cold_start:  # the teacher's right and whole responses only
-        rollout.mask &= (right.to(rollout.mask.device) & rollout.finished)[:, None]
+    right = judge(config, world, prompts, rollout, step)  # (B,)
     lap("sample_s")
     table, kept, ahead = token_table(config, rollout, right), {}, looks_ahead(config)
     if ahead:  # CREDIT and WEIGHTS that need whole rows
