@@ -71,7 +71,7 @@ def make_inputs(key: str, names: str, case: int, empty: bool) -> tuple[dict[str,
         lp=lambda: law()[:, 0, :4], lq=lambda: law()[:, 0, :4],
         logits=lambda: 2 * normal(B, 4 + T, V), tokens=lambda: whole(0, V, B, T),
         rewards=lambda: normal(B, T, V), ids=lambda: normal(B, T, V).topk(3).indices,
-        seen=lambda: torch.arange(4) >= whole(0, 4, B)[:, None],
+        seen=lambda: torch.arange(T) >= whole(0, T, B)[:, None],
         text=lambda: text(2), eos_id=lambda: 2, two_texts=lambda: text(1, 2), student_eos=lambda: 1,
         mask=lambda: mask, x=masked, reward=masked, value=masked,
         bootstrap=lambda: normal(B) * (torch.arange(B) != 1),
@@ -154,7 +154,8 @@ def first_order(logp: Tensor, action: Tensor) -> Tensor:
     """J (p - e_a): the change of the probabilities when the logits move by p - e_a."""
     p = logp.exp()
     move = p - torch.nn.functional.one_hot(action, p.shape[-1])
-    return torch.func.jvp(lambda z: z.softmax(-1), (logp,), (move,))[1]
+    J = torch.diag_embed(p) - p[..., :, None] * p[..., None, :]  # (B, T, V, V)
+    return (J @ move[..., None]).squeeze(-1)
 
 
 def token_loss(p: Tensor, q: Tensor) -> Tensor:
@@ -253,6 +254,8 @@ def wrong_versions(names: list[str]) -> Iterator[tuple[str, Callable]]:
     A mistake that cannot be made with these arguments raises.
     """
     yield "the sign is wrong", lambda f, a, n: -f(a)
+    for name in names:
+        yield f"`{name}` weighs the wrong side", lambda f, a, n, x=name: f(a | {x: 1 - a[x]})
     for one, other in STUDENT.items():
         yield "KL direction: student and teacher are swapped", swapped(one, other)
     yield "KL direction: student and teacher are swapped", other_kl
@@ -272,7 +275,6 @@ def wrong_versions(names: list[str]) -> Iterator[tuple[str, Callable]]:
     for word, factor in FACTORS.items():
         yield word, lambda f, a, n, c=factor: f(a) * c(a, n)
     for name in names:
-        yield f"`{name}` weighs the wrong side", lambda f, a, n, x=name: f(a | {x: 1 - share(a[x])})
         for v in (0, 1):
             yield f"`{name}` is ignored", lambda f, a, n, x=name, v=v: f(a | {x: type(a[x])(v)})
     yield "the wrong way round: 1 minus the right value", lambda f, a, n: 1 - f(a)
@@ -313,11 +315,6 @@ def swapped(one: str, other: str) -> Callable:
 def each(a: dict, change: Callable, dims: int) -> dict:
     """The arguments, with those that have so many dimensions changed."""
     return {k: change(x) if isinstance(x, Tensor) and x.dim() >= dims else x for k, x in a.items()}
-
-
-def share(x: float) -> float:
-    opd.require(0 < x < 1, "no share")
-    return x
 
 
 def other_kl(f: Callable, a: dict, n: Any) -> Tensor:
