@@ -255,7 +255,7 @@ def wrong_versions(names: list[str]) -> Iterator[tuple[str, Callable]]:
     """
     yield "the sign is wrong", lambda f, a, n: -f(a)
     for name in names:
-        yield f"`{name}` weighs the wrong side", lambda f, a, n, x=name: f(a | {x: 1 - a[x]})
+        yield f"`{name}` weighs the wrong side", lambda f, a, n, x=name: f(a | {x: 1 - float(a[x])})
     for one, other in STUDENT.items():
         yield "KL direction: student and teacher are swapped", swapped(one, other)
     yield "KL direction: student and teacher are swapped", other_kl
@@ -459,9 +459,12 @@ def explain(e: Exercise, cases: list, found: list[dict], wanted: list[dict]) -> 
     return f"wrong values: for example {x:.4g} where {y:.4g} is right"
 
 
-def check(key: str, answer: Callable) -> bool:
-    """Print one line about an answer to exercise `key`; True only when it is right."""
+def check(key: str, answer: Callable) -> bool | None:
+    """Print one line about an answer to exercise `key`.
+
+    True only when it is right; else None, so that a notebook shows nothing below the line.
+    """
     verdict = judge(key, answer) if key in EXERCISES else "there is no such exercise"
-    plain = verdict.startswith(("right", UNSOLVED, "there is")) and not verdict.startswith("right ")
+    plain = verdict == "right" or verdict.startswith((UNSOLVED, "there is"))
     print(f"{key}: {verdict if plain else f'not right: {verdict}'}")
-    return verdict == "right"
+    return True if verdict == "right" else None
