@@ -30,6 +30,7 @@ STUDENT = dict(logp="logq", logp_a="logq_a", z="w", lp="lq")  # the student's in
 LIVE = ("logp", "logp_a", "z", "logits", "x")  # inputs in which gradients are compared
 LAWS = ("logp", "logq", "logref")  # log-probs: their gradients are compared in the logits
 MASKS = ("mask", "seen")
+SHARES = ("beta", "scale")  # of one of two sides; the other side has the rest
 
 # ------------------------------------------------------------------------------------------------
 # Inputs: every exercise names its arguments, in order
@@ -254,8 +255,8 @@ def wrong_versions(names: list[str]) -> Iterator[tuple[str, Callable]]:
     A mistake that cannot be made with these arguments raises.
     """
     yield "the sign is wrong", lambda f, a, n: -f(a)
-    for name in names:
-        yield f"`{name}` weighs the wrong side", lambda f, a, n, x=name: f(a | {x: 1 - float(a[x])})
+    for name in SHARES:
+        yield f"`{name}` weighs the wrong side", lambda f, a, n, x=name: f(a | {x: 1 - a[x]})
     for one, other in STUDENT.items():
         yield "KL direction: student and teacher are swapped", swapped(one, other)
     yield "KL direction: student and teacher are swapped", other_kl
