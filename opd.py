@@ -1027,12 +1027,16 @@ def overlap(logp: Tensor, logq: Tensor | Scores, k: int) -> tuple[Tensor, ...]:
 
     The parts, with formulas and sources: `overlap_ratio`, `overlap_mass`, `overlap_advantage`.
     """
-    both = top_k_support(logp, logq, k, "intersection")
+    return on_both(logp, logq, top_k_support(logp, logq, k, "intersection"))
+
+
+def on_both(logp: Tensor, logq: Tensor | Scores, both: Support) -> tuple[Tensor, ...]:
+    """`overlap`, where the intersection of the two top k is known."""
     lp, lq = logp.gather(-1, both.ids), read_law(logq, both.ids, both.valid)
     masses = (torch.where(both.valid, law.exp(), 0.0).sum(-1) for law in (lp, lq))
     advantage = -kl_on_support(lp, lq, both.valid, "renormalise")
     ratio = both.valid.to(logp).mean(-1)
-    return ratio, *masses, advantage / (ratio * k).clamp(min=1)
+    return ratio, *masses, advantage / both.valid.sum(-1).clamp(min=1)
 
 
 def overlap_ratio(logp: Tensor, logq: Tensor | Scores, k: int) -> Tensor:
@@ -1177,10 +1181,11 @@ def policy_gradient_loss(
 
 
 def candidates(
-    logp: Tensor, logq: Tensor | Scores, action: Tensor, top_k: int, min_prob: float, target: str
-) -> tuple[Tensor, Tensor]:
+    logp: Tensor, logq: Tensor | Scores, action: Tensor, top_k: int, min_prob: float, target: str,
+    teacher: Support | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """ids (B, T, K) and the share r (B, T, K) of each, 0 off the candidate set; detached."""
-    teacher = top_k_support(logp, logq, top_k, "teacher")
+    teacher = teacher or top_k_support(logp, logq, top_k, "teacher")
     p = logp.detach().gather(-1, teacher.ids).exp()
     q = read_law(logq, teacher.ids, teacher.valid).detach().exp()
     fine = target in ("teacher", "deficit")
@@ -1535,18 +1540,21 @@ def diagnose(
     the teacher's mass on what vocabulary routing may route to.  [secondary: 2604.13016; ours:
     agreement, teacher_mass, unsupported; reconstruction: candidates]
     """
-    logp, logq = logp.detach(), logq.detach()
-    own, other = entropy(logp), entropy(logq)
-    few = logp.topk(min(FEW, logp.shape[-1])).indices
-    ratio, mine, theirs, advantage = overlap(logp, logq, top_k)
-    ids, share = candidates(logp, logq, action, top_k, min_prob, "teacher")
+    logp, logq, dot = logp.detach(), logq.detach(), torch.linalg.vecdot
+    p, refused = logp.exp(), (logq < math.log(UNSUPPORTED)).to(logp)
+    own, other = -dot(p, logp), -dot(logq.exp(), logq)
+    best, wanted = (top_k_support(logp, logq, top_k, who) for who in ("student", "teacher"))
+    few = best.ids[:, :FEW] if top_k >= FEW else logp.topk(min(FEW, logp.shape[-1])).indices
+    same = best.ids[:, :, None] == wanted.ids[:, None, :]  # (n, k of the student, k of the teacher)
+    ratio, mine, theirs, advantage = on_both(logp, logq, Support(best.ids, same.any(-1)))
+    ids, share = candidates(logp, logq, action, top_k, min_prob, "teacher", wanted)
     return dict(
-        kl=reverse_kl(logp, logq),
+        kl=dot(p, logp - logq),
         reward=log_ratio_reward(of_tokens(logp, action), of_tokens(logq, action)),
         entropy=own, teacher_entropy=other, entropy_gap=(other - own).abs(),
-        agreement=(few[:, 0] == logq.argmax(-1)).to(own),
+        agreement=same[:, 0, 0].to(own),
         teacher_mass=logq.gather(-1, few).exp().sum(-1),
-        unsupported=torch.where(logq < math.log(UNSUPPORTED), logp.exp(), 0.0).sum(-1),
+        unsupported=dot(p, refused),
         overlap=ratio, overlap_mass=mine, overlap_mass_teacher=theirs, overlap_advantage=advantage,
         candidates=torch.where(share > 0, logq.gather(-1, ids).exp(), 0.0).sum(-1),
     )  # fmt: skip
