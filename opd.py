@@ -2743,7 +2743,7 @@ def train(config: Config, resume: str | Path | None = None) -> Run:
     try:
         if (folder / CHECKPOINT).exists():
             load_checkpoint(run, world, optimizer)
-        else:
+        if "teacher" not in run.result:
             run.result["student_before"] = final_evaluation(config, world, world.student)
             run.result["teacher"] = world.teacher and final_evaluation(config, world, world.teacher)
         training_loop(run, world, optimizer)
@@ -2877,8 +2877,9 @@ def report(run_dir: str | Path) -> dict[str, Any]:
         result = json.loads((folder / "result.json").read_text())
         rows = read_rows(folder / "metrics.jsonl", result["steps"])
         items = checklist(config, result, rows)
-    card = dict(run=folder.name, checklist=items, missing=UNKNOWN, config=config.model_dump())
-    write_atomically(folder / "report.json", json.dumps(card | dict(result=result), indent=1))
+    card = dict(run=folder.name, checklist=items, missing=UNKNOWN, result=result)
+    card["config"] = config.model_dump()
+    write_atomically(folder / "report.json", json.dumps(card, indent=1))
     row = "| {} | {accuracy:.3f} | {low:.3f} to {high:.3f} | {greedy:.3f} | {n} |"
     models = [m for m in ("student_before", "student_after", "teacher") if result[m]]
     write_atomically(folder / "report.md", "\n".join([

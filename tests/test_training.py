@@ -506,11 +506,14 @@ def test_ctrl_c_before_the_first_step_says_how_to_go_on(run_dir, monkeypatch, ca
     def interrupted(*args, **law):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(opd, "final_evaluation", interrupted)
-    assert opd.main(["--name", "early"]) == 130
-    assert "stopped after step 0 of 40; go on with: python opd.py --resume runs/early" in (
+    words = "--name early --steps 1 --batch_size 8 --eval_prompts 8 --eval_every 0".split()
+    with monkeypatch.context() as patch:
+        patch.setattr(opd, "final_evaluation", interrupted)
+        assert opd.main(words) == 130
+    assert "stopped after step 0 of 1; go on with: python opd.py --resume runs/early" in (
         capsys.readouterr().err
     )
+    assert opd.main(["--resume", "runs/early"]) == 0
 
 
 def test_damaged_checkpoint_and_report_are_one_line(run_dir, capsys):
