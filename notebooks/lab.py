@@ -103,6 +103,53 @@ def gradient_noise(config: opd.Config, batches: int = 16) -> tuple[float, float]
     return math.sqrt(mean_of), math.sqrt((each - mean_of) * batches / (batches - 1))
 
 
+def memory_estimate(
+    config: opd.Config, student: Any, teacher: Any | None, prompt_tokens: int, cuda: bool = True,
+    autocast: bool = True,
+) -> dict[str, float]:  # fmt: skip
+    """Bytes that a run of Llama- or Qwen-like models holds, by part; peak: the worst stage's.
+
+    student, teacher  configs of transformers; teacher None: on a server, or none
+    prompt_tokens     of the longest prompt; config.max_tokens, of the response, must be set
+    autocast          the student's passes are in bf16; its weights stay fp32
+    Left out: what CUDA itself takes, holes in the allocator, an engine, a reference.
+    [derived; checked on a CPU by tests/benchmarks/memory.py --estimate]
+    """
+    with torch.device("meta"):
+        models = [c and opd.AutoModelForCausalLM.from_config(c) for c in (student, teacher)]
+    n, m = (model.num_parameters() if model else 0 for model in models)
+    rows, tokens = config.micro_batch or config.batch_size, prompt_tokens + config.max_tokens
+    asked = min(opd.EVALUATION_ROWS, 8 * rows), config.eval_every and opd.DEPTH_PROMPTS
+    writers, half = max(config.batch_size, *asked), 2 if cuda and config.precision != "fp32" else 4
+    V, D, L, a = (
+        student.vocab_size,
+        student.hidden_size,
+        student.num_hidden_layers,
+        4 - 2 * autocast,
+    )
+    (A, K), theirs = heads(student), teacher and teacher.num_hidden_layers * heads(teacher)[1]
+    norms = 4 * D + 2 * (A + K) * ("qwen3" in student.model_type)  # stay fp32
+    layer = rows * tokens * (4 * norms + a * (2 * D + 4 * A + 4 * student.intermediate_size))
+    parts = dict(
+        student=4 * n, teacher=half * m, moments=8 * n, gradients=4 * n, casts=2 * n * autocast,
+        layers=rows * tokens * L * 4 * D + 2 * layer if config.gradient_checkpointing else L * layer,
+        chunk=36 * max(opd.CHUNK_TOKENS * V, opd.CHUNK_LOGITS) + (8 - a) * V * D,
+        cache=writers * tokens * max((4 + a) * L * K, 2 * half * (theirs or 0)),
+        sampling=28 * writers * V, update=4 * n if cuda else 8 * V * D,
+        diagnostics=8 * n * (config.eval_every > 0),
+    )  # fmt: skip
+    stages = [("cache", "sampling", "casts"), ("gradients", "casts", "layers", "chunk")]
+    stages += [("gradients", "update"), ("gradients", "diagnostics")]
+    worst = max(sum(parts[name] for name in stage) for stage in stages)
+    return parts | dict(peak=parts["student"] + parts["teacher"] + parts["moments"] + worst)
+
+
+def heads(c: Any) -> tuple[int, int]:
+    """Numbers a token of a layer's queries, and of its keys."""
+    size = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
+    return size * c.num_attention_heads, size * c.num_key_value_heads
+
+
 # ------------------------------------------------------------------------------------------------
 # The exact laboratory: a tree of all texts, so that nothing is sampled
 # ------------------------------------------------------------------------------------------------
