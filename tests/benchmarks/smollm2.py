@@ -59,7 +59,9 @@ def write_task(path, rows=600):
     while len(texts) < rows:
         a, b, sign = rng.randrange(2, 100), rng.randrange(2, 100), rng.choice("+-")
         a, b = max(a, b), min(a, b)
-        texts[f"What is {a} {sign} {b}? Answer with the number only."] = a + b if sign == "+" else a - b
+        texts[f"What is {a} {sign} {b}? Answer with the number only."] = (
+            a + b if sign == "+" else a - b
+        )
     splits = {0: "validation", 1: "test", 2: "test"}
     lines = [dict(prompt=text, answer=answer, split=splits.get(i % 10, "train"))
              for i, (text, answer) in enumerate(texts.items())]  # fmt: skip
