@@ -179,9 +179,9 @@ def configs_table():
         print(f"| {name} | {cells} | {card} | {minutes:.0f} |")
 
 
-def in_process(variant, **environment):
+def in_process(variant, threads=1, **environment):
     """`measured` or `measured_case` in a process of its own."""
-    words = [sys.executable, __file__, "--worker", variant]
+    words = [sys.executable, __file__, "--worker", variant, "--threads", str(threads)]
     environment = os.environ | environment
     done = subprocess.run(words, capture_output=True, text=True, env=environment)
     if done.returncode:
@@ -203,11 +203,12 @@ def main():
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     parser.add_argument("--estimate", action="store_true")
     parser.add_argument("--configs", action="store_true")
     given = parser.parse_args()
-    torch.set_num_threads(2)
+    torch.set_num_threads(given.threads)
     if given.worker:
         run = measured_case if given.worker in CASES else measured
         print("\n" + json.dumps(run(given.worker)))
@@ -218,7 +219,7 @@ def main():
     found = {name: [] for name in VARIANTS}
     for repeat in range(given.repeats):
         for name in VARIANTS:
-            found[name].append(now := in_process(name))
+            found[name].append(now := in_process(name, given.threads))
             print(f"# repeat {repeat}, {name}: {now['seconds']:.2f} s, {now['mib']:.0f} MiB, "
                   f"loss {now['loss']:.5f}, gradient {now['norm']:.5f}", flush=True)  # fmt: skip
     print("| step | MiB over start | of plain | seconds | of plain |\n|---|---|---|---|---|")
