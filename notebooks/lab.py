@@ -103,6 +103,52 @@ def gradient_noise(config: opd.Config, batches: int = 16) -> tuple[float, float]
     return math.sqrt(mean_of), math.sqrt((each - mean_of) * batches / (batches - 1))
 
 
+def memory_estimate(
+    config: opd.Config, student: Any, teacher: Any | None, prompt_tokens: int, half: str = "bf16"
+) -> dict[str, float]:  # fmt: skip
+    """Bytes that a run of Llama- or Qwen-like models holds, by part; peak: the worst stage's.
+
+    student, teacher  configs of transformers; teacher None: on a server, or none
+    prompt_tokens     of the longest prompt; config.max_tokens, of the response, must be set
+    half              bf16: a bf16 teacher, the student's passes in bf16, its weights fp32; fp16: a
+                      teacher in fp16, all else fp32; none: all in fp32, on a CPU
+    earlier: gradients that are there when a micro-batch is scored.  Not in it: what CUDA itself
+    takes, holes in the allocator, an engine, a reference.
+    [derived; checked on a CPU by tests/benchmarks/memory.py --estimate]
+    """
+    with torch.device("meta"):
+        models = [c and opd.AutoModelForCausalLM.from_config(c) for c in (student, teacher)]
+    n, m = (model.num_parameters() if model else 0 for model in models)
+    rows, tokens = config.micro_batch or config.batch_size, prompt_tokens + config.max_tokens
+    shown = opd.DEPTH_PROMPTS * (config.eval_every > 0)
+    writers = max(config.batch_size, min(opd.EVALUATION_ROWS, 8 * rows), shown)
+    a, wide = {"bf16": (2, 2), "fp16": (4, 2), "none": (4, 4)}[half]  # bytes: passes, teacher
+    V, D, L = student.vocab_size, student.hidden_size, student.num_hidden_layers
+    (A, K), theirs = heads(student), teacher and teacher.num_hidden_layers * heads(teacher)[1]
+    norms = 4 * D + 2 * (A + K) * ("qwen3" in student.model_type)  # stay fp32
+    layer = rows * tokens * (4 * norms + a * (2 * D + 4 * A + 4 * student.intermediate_size))
+    chunk = min(rows * config.max_tokens * V, max(opd.CHUNK_TOKENS * V, opd.CHUNK_LOGITS))
+    again = config.gradient_checkpointing
+    parts = dict(
+        student=4 * n, teacher=wide * m, moments=8 * n, gradients=4 * n, casts=2 * n * (a == 2),
+        layers=4 * rows * tokens * L * D if again else L * layer, recomputed=2 * layer * again,
+        chunk=36 * chunk + (8 - a) * V * D, earlier=4 * (n if rows < config.batch_size else V * D),
+        cache=writers * tokens * max((4 + a) * L * K, 2 * wide * (theirs or 0)),
+        sampling=28 * writers * V, update=4 * n if wide == 2 else 8 * V * D,
+        diagnostics=8 * n * (config.eval_every > 0),
+    )  # fmt: skip
+    stages = ("cache sampling casts", "earlier casts layers chunk", "gradients layers recomputed",
+              "gradients update", "gradients diagnostics")  # fmt: skip
+    worst = max(sum(parts[name] for name in stage.split()) for stage in stages)
+    return parts | dict(peak=parts["student"] + parts["teacher"] + parts["moments"] + worst)
+
+
+def heads(c: Any) -> tuple[int, int]:
+    """Numbers a token of a layer's queries, and of its keys."""
+    size = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
+    return size * c.num_attention_heads, size * c.num_key_value_heads
+
+
 # ------------------------------------------------------------------------------------------------
 # The exact laboratory: a tree of all texts, so that nothing is sampled
 # ------------------------------------------------------------------------------------------------
