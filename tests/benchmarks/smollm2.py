@@ -125,7 +125,7 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         found = run(Path(folder), given.steps, given.prompts, given.batch)
     change, half = paired(found["before"], found["after"])
-    print("| KL(student || teacher), nats a token | before | after | change | minutes |")
+    print("| KL(student‖teacher), nats a token | before | after | change | minutes |")
     print("|---" * 5 + "|")
     print(f"| {given.prompts} held-out prompts, {given.steps} steps of {given.batch} | "
           f"{mean(found['before']):.3f} | {mean(found['after']):.3f} | "
