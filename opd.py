@@ -400,7 +400,11 @@ def load_model(
     """
     folder, dtype, who = find(name_or_dir), torch.float32, f"{role} = {name_or_dir!r}"
     if role != "student" and device != "cpu":
-        dtype = torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+        dtype = (
+            torch.bfloat16
+            if torch.cuda.is_bf16_supported(including_emulation=False)
+            else torch.float16
+        )
     suffixes = {path.suffix for path in Path(folder).glob("*")}  # none for a hub name
     blank = ".json" in suffixes and not suffixes & {".safetensors", ".bin", ".pt", ".pth"}
     rule = "be a folder here, or a model on the Hugging Face hub, with a causal LM in safetensors"
@@ -1594,11 +1598,13 @@ def gradient_moments(
     when all ask for the same change, 1 / batches when they have nothing in common.  [derived]
     """
     sizes, weights = [], [*world.student.parameters()]
-    total, config = [0.0] * len(weights), config.model_copy(update=dict(grad_clip=1e9))
+    total = [torch.zeros_like(p) for p in weights]
+    config = config.model_copy(update=dict(grad_clip=1e9))
 
     def look() -> None:
         sizes.append(sum(float(p.grad.square().sum()) for p in weights))
-        total[:] = [whole + p.grad for whole, p in zip(total, weights, strict=True)]
+        for whole, p in zip(total, weights, strict=True):
+            whole += p.grad
 
     watcher = SimpleNamespace(param_groups=[{}], step=look, zero_grad=world.trained().zero_grad)
     for step in range(first, first + batches):
@@ -1661,7 +1667,7 @@ def check(config: Config) -> Verdict:
     require(config.teacher, "teacher = null: check needs one")
     c = config.model_copy(update=dict(feedback="teacher", reward_scale=1.0, reference=None))
     world = load_world(c)
-    task, law, numbers, reasons = world.task, world.law, {}, []
+    task, law, numbers = world.task, world.law, {}
     prompts = task.prompts(CHECK_PROMPTS, "validation", seed="check")
     noise = torch.rand(len(prompts.text), task.max_tokens, generator=keyed_generator("check"))
     own = sample(world.student, prompts, horizon=task.max_tokens, noise=noise, **law)
@@ -1684,20 +1690,15 @@ def check(config: Config) -> Verdict:
         here = {key: float(seen[key][:, part][own.mask[:, part]].mean()) for key in kinds}
         if all(value >= CHECK_LEAST[key] for key, value in here.items()):
             numbers["horizon"] = task.max_tokens if last else start + width
-    templates = [load_tokenizer(name).chat_template for name in (c.student, c.teacher)]
-    for what, same in (("EOS ids", eos_ids_of(world.student) == eos_ids_of(world.teacher)),
-                       ("chat templates", templates[0] == templates[1])):  # fmt: skip
-        reasons += [] if same else [f"note: {what} differ; the student's are used"]
-    low = [key for key, least in CHECK_LEAST.items() if numbers[key] < least]
-    decision = "go"
-    if "gain" in low:
-        decision = "other teacher"
-    elif low:
-        decision = "cold start first"
-    elif numbers["horizon"] < task.max_tokens:
-        decision = "shorten the horizon"
-    for key, least in CHECK_LEAST.items():
-        reasons.append(f"{key} {numbers[key]:.3f}, wanted at least {least}")
+    pair = {"EOS ids": [eos_ids_of(model) for model in (world.student, world.teacher)]}
+    pair["chat templates"] = [load_tokenizer(name).chat_template for name in (c.student, c.teacher)]
+    low = {key for key, least in CHECK_LEAST.items() if numbers[key] < least}
+    short = numbers["horizon"] < task.max_tokens
+    rules = {"other teacher": "gain" in low, "cold start first": low, "shorten the horizon": short}
+    decision = next((advice for advice, holds in rules.items() if holds), "go")
+    reasons = [f"note: {what} differ" for what, (one, other) in pair.items() if one != other]
+    wanted = CHECK_LEAST.items()
+    reasons += [f"{key} {numbers[key]:.3f}, wanted at least {least}" for key, least in wanted]
     reasons.append(f"reliable up to token {numbers['horizon']} of {task.max_tokens}")
     return Verdict(decision, reasons, numbers)
 
@@ -1993,7 +1994,7 @@ def load_world(config: Config) -> World:
     student = load_model(config.student, device=device, seed=config.seed)
     law = dict(eos_ids=eos_ids_of(student), vocab_size=max(tokenizer.get_vocab().values()) + 1)
     fits = f"top_k = {config.top_k}: must be at most the vocabulary's {law['vocab_size']}"
-    able = cuda and torch.cuda.is_bf16_supported()
+    able = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
     bf16 = dict(auto=able, bf16=True, fp32=False)[config.precision]
     world = World(student, None, tokenizer, task, law, bf16)
     reference = config.student if config.reference == "student" else config.reference
@@ -2515,7 +2516,8 @@ def rare_diagnostics(c: Config, world: World) -> dict[str, Any]:
         prompts = world.task.prompts(DEPTH_PROMPTS, "validation", seed="depth")
         depths = [max(1, c.max_tokens * quarter // 4) for quarter in (1, 2, 3)]
         models = world.student, world.teacher
-        depth = continuation_advantage(*models, world.task, prompts, depths, **world.law)
+        with world.precision():
+            depth = continuation_advantage(*models, world.task, prompts, depths, **world.law)
         found["continuation"] = {at: values["advantage"] for at, values in depth.items()}
     return found
 

@@ -135,7 +135,7 @@ def memory_estimate(
         chunk=36 * chunk + (8 - a) * V * D, earlier=4 * (n if rows < config.batch_size else V * D),
         cache=writers * tokens * max((4 + a) * L * K, 2 * wide * (theirs or 0)),
         sampling=28 * writers * V, update=4 * n if wide == 2 else 8 * V * D,
-        diagnostics=8 * n * (config.eval_every > 0),
+        diagnostics=4 * n * (config.eval_every > 0),
     )  # fmt: skip
     stages = ("cache sampling casts", "earlier casts layers chunk", "gradients layers recomputed",
               "gradients update", "gradients diagnostics")  # fmt: skip
