@@ -138,7 +138,8 @@ NEEDS: list[tuple[dict[str, list], dict[str, list]]] = [  # fields with such val
     (dict(importance_cap=ANY), dict(states=["student"], teacher_prefix=[0])),
     (dict(aligned=ANY), dict(states=["student", "teacher"])),
     (dict(teacher_url=ANY), dict(teacher=[None], states=["student"], feedback=["teacher"])),
-    (dict(teacher_url=ANY), dict(extrapolate=["none", "accuracy"])),
+    (dict(teacher_url=ANY), dict(extrapolate=["none", "accuracy"], teacher_prefix=[0])),
+    (dict(teacher_url=ANY), dict(cold_start=[0], aligned=[None])),
     (dict(engine=["vllm_both"]), dict(feedback=["teacher"], teacher_url=[None])),
     (dict(engine=["vllm", "vllm_both"]), dict(teacher_prefix=[0])),
     (dict(teacher_url=ANY, engine=["vllm_both"]), dict(temperature=[1.0])),
@@ -1664,13 +1665,14 @@ def check(config: Config) -> Verdict:
     [secondary: 2604.13016, the questions; reconstruction: rules and thresholds]
     Raises InputError for models that cannot work together.
     """
-    require(config.teacher, "teacher = null: check needs one")
+    require(config.teacher, "teacher = null: check needs one, here and not behind a teacher_url")
     c = config.model_copy(update=dict(feedback="teacher", reward_scale=1.0, reference=None))
     world = load_world(c)
     task, law, numbers = world.task, world.law, {}
     prompts = task.prompts(CHECK_PROMPTS, "validation", seed="check")
     noise = torch.rand(len(prompts.text), task.max_tokens, generator=keyed_generator("check"))
-    own = sample(world.student, prompts, horizon=task.max_tokens, noise=noise, **law)
+    whole = dict(horizon=task.max_tokens, noise=noise, temperature=c.temperature)
+    own = sample(world.student, prompts, **whole, **law)
     seen: dict[str, Tensor] = {}
     for rows in torch.arange(len(noise)).split(c.micro_batch or c.batch_size):
         for at, logp, logq, _ in score_chunks(c, world, own, rows, {}, lambda part: None):
@@ -2014,6 +2016,7 @@ def load_world(config: Config) -> World:
         add_engines(config, world)
     if config.aligned:
         world.task = replace(task, draw=aligned_draw(config, world))
+        world.task.prompts(1)
     if config.baseline == "value":
         width = student.get_input_embeddings().embedding_dim
         world.critic = torch.nn.Linear(width, 1, device=device)
@@ -2060,20 +2063,21 @@ def aligned_draw(config: Config, world: World) -> Callable:
     [secondary: 2604.13016, template and content; reconstruction: confidence]
     """
     task, source = world.task, config.aligned
-    named = load_task(source, world.tokenizer) if source != "confidence" else None
+    with must(f"aligned = {source!r}", "be confidence, or a task or file as for `task`"):
+        named = load_task(source, world.tokenizer) if source != "confidence" else None
 
     def draw(n: int, split: str, rng: random.Random) -> list[tuple[str, str]]:
         m = max(1, round(config.aligned_share * n)) if split == "train" else 0
         if named or m == 0:
             chosen = named.draw(m, split, rng) if m else []
         else:
-            pool = task.draw(CANDIDATES * m, split, rng)
+            pool = [*dict.fromkeys(task.draw(CANDIDATES * m, split, rng))]
             noise = torch.rand(len(pool), task.max_tokens, generator=keyed_generator(rng.random()))
             law = dict(horizon=task.max_tokens, noise=noise, **world.law)
             text = sample(world.teacher, task.encode(pool), **law)
             sure = torch.where(text.mask, text.logprobs, 0.0).sum(1) / text.mask.sum(1)  # (4m,)
-            chosen = [pool[i] for i in sure.topk(m).indices.tolist()]
-        return chosen + task.draw(n - m, split, rng)
+            chosen = [pool[i] for i in sure.topk(min(m, len(pool))).indices.tolist()]
+        return chosen + task.draw(n - len(chosen), split, rng)
 
     return draw
 
@@ -2294,7 +2298,7 @@ def look_ahead(
         credit, target = gae(reward, value, mask, config.gamma, config.gae_lambda, after)
         loss = masked_mean((value - target) ** 2, mask) / 2
         loss.backward()
-        if step >= VALUE_WARMUP:
+        if step >= config.cold_start + VALUE_WARMUP:
             table["advantage"] = credit
     if config.baseline == "leave_one_out":
         table["advantage"] = leave_one_out(table["advantage"], config.samples_per_prompt)
@@ -2505,6 +2509,7 @@ def known(value: Tensor | float) -> float | None:
 def rare_diagnostics(c: Config, world: World) -> dict[str, Any]:
     """What costs too much for every step: coherence of 8 prompts' gradients, and continuation.
 
+    coherence: as at the run's last step (its horizon, no cold start); null for several processes.
     continuation: the teacher's advantage at a quarter, half, three quarters of max_tokens.
     """
     found, one = dict(coherence=None, continuation=None), dict(batch_size=c.samples_per_prompt)
@@ -2754,15 +2759,14 @@ def train(config: Config, resume: str | Path | None = None) -> Run:
         good = folder / CHECKPOINT if (folder / CHECKPOINT).exists() else "none yet"
         raise TrainingStopped(f"{error}; last good checkpoint: {good}; try a lower --lr") from None
     except (KeyboardInterrupt, TeacherUnreachable) as error:
-        save_checkpoint(run, world, optimizer)
         at = f"{error}; " * bool(str(error))
         at += f"stopped after step {run.result['steps']} of {config.steps}"
         raise type(error)(f"{at}; go on with: python opd.py --resume {folder}") from None
-    write_atomically(folder / "result.json", json.dumps(run.result, indent=1))
     if rank == 0:
         model = copy.deepcopy(world.student).to(DTYPES[config.save_dtype])
         model.save_pretrained(folder / "model")
         world.tokenizer.save_pretrained(folder / "model")
+        write_atomically(folder / "result.json", json.dumps(run.result, indent=1))
         report(folder)
     return run
 
@@ -2778,17 +2782,22 @@ def training_loop(run: Run, world: World, optimizer: AdamW) -> None:
     with bar, postponed_interrupt() as asked, open(file if mine else os.devnull, "a") as log:
         while result["steps"] < config.steps and not result["stopped"]:
             start = time.perf_counter()
-            row = train_step(config, world, optimizer, result["steps"], history)
+            try:
+                row = train_step(config, world, optimizer, result["steps"], history)
+            except (TeacherUnreachable, InputError):  # of a score: no weight has moved yet
+                save_checkpoint(run, world, optimizer)
+                raise
             step, last = row["step"], row["step"] == config.steps
             if config.extrapolate != "none" and step & (step - 1) == 0:  # 1, 2, 4, 8, ...
                 validate_by, began = candidate_score(config, world, row), time.perf_counter()
                 k = extrapolate(run.model, run.base, validate_by, accept=config.accept)
                 row["extrapolated"], run.base = k, weights_of(run.model)
                 row["sample_s"] += time.perf_counter() - began
-            due = config.eval_every and (step % config.eval_every == 0 or last)
-            accuracy = validate(config, world, step, run.dir / "samples.txt") if due else None
             if config.stop_kl and row["kl"] is not None and row["kl"] < config.stop_kl:
                 result["stopped"] = f"KL {row['kl']:.4f} nats a token"
+            end = last or result["stopped"]
+            due = config.eval_every and (step % config.eval_every == 0 or end)
+            accuracy = validate(config, world, step, run.dir / "samples.txt") if due else None
             row |= dict(coherence=None, continuation=None)
             row |= rare_diagnostics(config, world) if due else {}
             row |= dict(accuracy=accuracy, step_s=time.perf_counter() - start)
@@ -2801,9 +2810,10 @@ def training_loop(run: Run, world: World, optimizer: AdamW) -> None:
             bar.update()
             bar.set_postfix(loss=row["loss"], correct=row["correct"])
             save = config.checkpoint_every and step % config.checkpoint_every == 0
-            if save or result["stopped"] or last:
+            stop = everyone(torch.tensor(len(asked), device=run.model.device)) > 0
+            if save or stop or end:
                 save_checkpoint(run, world, optimizer)
-            if everyone(torch.tensor(len(asked), device=run.model.device)) > 0:
+            if stop:
                 raise KeyboardInterrupt
 
 
@@ -2993,11 +3003,12 @@ def run_command(argv: list[str]) -> None:
         print(f"{verdict.decision}\n", *verdict.reasons, "", sep="\n")
         print(json.dumps(verdict.numbers, indent=1))
     elif len(words) > 1 or (words and not words[0].endswith(".json")):
-        raise InputError(f"{' '.join(words)!r}: must be one CONFIG.json, `report RUN` or `methods`")
-    elif resume and (words or fields):
+        raise InputError(f"{' '.join(words)!r}: must be [check] CONFIG.json, report RUN or methods")
+    elif resume is not None and (words or fields):
         raise InputError(f"resume = {resume!r}: takes no other argument; the run keeps its config")
     else:
-        run = train(resumable(resume) if resume else Config.load(*words, **fields), resume)
+        config = Config.load(*words, **fields) if resume is None else resumable(resume)
+        run = train(config, resume)
         if process()[0] == 0:  # the one that has written them
             print((run.dir / "report.md").read_text().partition("\n![")[0])
             print(f"picture {run.dir}/curve.png, report {run.dir}/report.md, model {run.dir}/model")

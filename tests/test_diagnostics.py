@@ -176,7 +176,10 @@ def test_check_on_the_command_line(capsys, monkeypatch, tmp_path):
     assert out.startswith("go\n") and "wanted at least 0.3" in out
     assert json.loads(out[out.index("{") :])["horizon"] == 53
     assert opd.main(["check", str(file), "--teacher", "none", "--method", "sft"]) == 2
-    assert capsys.readouterr().err == "opd.py: teacher = null: check needs one\n"
+    assert (
+        capsys.readouterr().err
+        == "opd.py: teacher = null: check needs one, here and not behind a teacher_url\n"
+    )
 
 
 # the trainer's law against the one sampled from

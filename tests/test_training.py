@@ -598,3 +598,32 @@ def test_a_finished_run_is_not_resumed(uninterrupted, monkeypatch, capsys):
     monkeypatch.chdir(uninterrupted.parent.parent)
     assert opd.main(["--resume", "runs/whole"]) == 2
     assert "that run is finished" in capsys.readouterr().err
+
+
+def test_an_interrupt_inside_a_step_never_saves_half_of_it(run_dir, monkeypatch):
+    fields = dict(SMALL, steps=4, eval_every=1, checkpoint_every=1)
+    whole = rows_of(opd.train(opd.Config.load(**fields, name="whole")).dir)
+    validate, calls = opd.validate, []
+
+    def cut(*arguments):
+        calls.append(1)
+        if len(calls) == 2:  # the weights of step 2 have moved, its row is not written
+            raise KeyboardInterrupt
+        return validate(*arguments)
+
+    monkeypatch.setattr(opd, "validate", cut)
+    with pytest.raises(KeyboardInterrupt, match="after step 1 of 4"):
+        opd.train(opd.Config.load(**fields, name="cut"))
+    run = opd.train(opd.resumable("runs/cut"), "runs/cut")
+    assert rows_of(run.dir) == whole
+
+
+def test_a_run_whose_model_could_not_be_written_can_go_on(run_dir, monkeypatch):
+    config = opd.Config.load(**SMALL, steps=1, eval_every=0, name="full_disk")
+    with monkeypatch.context() as patch:
+        patch.setattr(opd.transformers.PreTrainedModel, "save_pretrained", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            opd.train(config)
+    assert not Path("runs/full_disk/result.json").exists()
+    run = opd.train(opd.resumable("runs/full_disk"), "runs/full_disk")
+    assert run.result["steps"] == 1 and (run.dir / "report.md").exists()
