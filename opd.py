@@ -75,6 +75,7 @@ from torch import Tensor
 from torch.nn import Module
 from torch.nn.utils.rnn import pad_sequence
 from torch.optim import AdamW
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
@@ -842,9 +843,23 @@ def score(model: Module, rollout: Rollout, **law: Any) -> Tensor:
     return law_of(model, hidden_states(model, rollout), **law)
 
 
+CHUNK_LOGITS, CHUNK_TOKENS = 2**22, 16  # logits held at once, but at least so many tokens
+
+
 def score_tokens(model: Module, rollout: Rollout, **law: Any) -> Tensor:
-    """Log-probs (B, T) of the response's own tokens: `score`, with its arguments, read there."""
-    return of_tokens(score(model, rollout, **law), rollout.tokens)
+    """Log-probs (B, T) of the response's own tokens: `score`, with its arguments, read there.
+
+    A chunk of tokens at a time, recomputed in the backward pass: (B, T, V) is never held.
+    """
+    hidden, tokens = hidden_states(model, rollout).flatten(0, 1), rollout.tokens.flatten()
+    size = max(CHUNK_TOKENS, CHUNK_LOGITS // model.config.vocab_size)
+    chunks = zip(hidden.split(size), tokens.split(size), strict=True)  # (n, D), (n,)
+
+    def own(h: Tensor, a: Tensor) -> Tensor:
+        return of_tokens(law_of(model, h, **law), a)
+
+    parts = [checkpoint(own, h, a, use_reentrant=False) for h, a in chunks]
+    return torch.cat(parts).view_as(rollout.tokens)
 
 
 @dataclass
@@ -1907,7 +1922,6 @@ COLD_START = dict(
     baseline="none", entropy_threshold=None, weighting="none", importance_cap=None,
     reward_scale=1.0, horizon=None, schedule="fixed",
 )  # fmt: skip
-CHUNK_LOGITS, CHUNK_TOKENS = 2**22, 16  # logits held at once, but at least so many tokens
 PRUNE_BASE, KL_PARTS = 0.5, 16  # Prune-OPD's base weight; kl_at: parts of the longest response
 CHECKPOINT = "checkpoint/last.safetensors"  # in a run's folder
 DTYPES = dict(fp32=torch.float32, fp16=torch.float16, bf16=torch.bfloat16)

@@ -118,3 +118,26 @@ def test_two_micro_batches_with_the_global_total_equal_one_batch(how):
         for rows in (slice(0, 1), slice(1, 4)):
             (opd.masked_mean(x[rows], mask[rows], how) / 2).backward()
         assert not torch.allclose(whole, x.grad, atol=1e-3)
+
+
+def test_score_tokens_holds_one_chunk_and_has_the_same_gradient(monkeypatch):
+    model, prompts = tiny_llama(), random_prompts([4, 2, 5])
+    rollout = opd.sample(model, prompts, horizon=9, eos_ids=[])
+    plain = opd.of_tokens(opd.score(model, rollout), rollout.tokens)
+    expected = torch.autograd.grad(plain.sum(), [*model.parameters()])
+    sizes, law_of = [], opd.law_of
+
+    def watch(model, hidden, **law):
+        sizes.append(len(hidden))
+        return law_of(model, hidden, **law)
+
+    monkeypatch.setattr(opd, "law_of", watch)
+    monkeypatch.setattr(opd, "CHUNK_LOGITS", 1)
+    found = opd.score_tokens(model, rollout)
+    assert max(sizes) == opd.CHUNK_TOKENS < plain.numel()
+    assert torch.allclose(found, plain, atol=1e-6)
+    forward = len(sizes)
+    gradient = torch.autograd.grad(found.sum(), [*model.parameters()])
+    assert len(sizes) == 2 * forward  # recomputed, not kept
+    for ours, whole in zip(gradient, expected, strict=True):
+        assert torch.allclose(ours, whole, atol=1e-5)
