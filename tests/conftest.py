@@ -26,6 +26,14 @@ def pytest_addoption(parser):
     parser.addoption("--notebooks", action="store_true", help="run the notebooks, nothing else")
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config):
+    """Two processes, a file at a time, where pytest-xdist is there and nothing else was asked."""
+    here = config.pluginmanager.hasplugin("xdist") and "PYTEST_XDIST_WORKER" not in os.environ
+    if here and config.option.numprocesses is None:
+        config.option.numprocesses, config.option.dist = 2, "loadfile"
+
+
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: minutes, run with --slow")
     config.addinivalue_line("markers", "notebook: executes a notebook, run with --notebooks")
