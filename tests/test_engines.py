@@ -635,7 +635,7 @@ def test_a_model_that_vllm_cannot_run_is_refused_at_the_start():
 def serve(folder, port):
     """vLLM's own server, in a process group of its own, killed at the end; yields the process."""
     options = dict(model=folder, host="127.0.0.1", port=port, dtype="float32")
-    options |= {"max-model-len": 128, "max-num-seqs": 16, "max-logprobs": 19}
+    options |= {"max-model-len": 160, "max-num-seqs": 16, "max-logprobs": 19}
     words = [f"--{key}={value}" for key, value in options.items()]
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--enforce-eager"]
     quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
@@ -696,7 +696,7 @@ def test_a_real_server_says_no_in_one_line(server, other):
     teacher, tokenizer = opd.RemoteTeacher(server), opd.load_tokenizer(HASTY)
     cases = [
         ((tokenizer, 20, 50), "20.*greater than max allowed: 19"),
-        ((tokenizer, 5, 200), "context length is (only )?128"),
+        ((tokenizer, 5, 200), "context length is (only )?160"),
         ((other, 5, 50), "tokenizer"),
     ]
     for arguments, match in cases:
