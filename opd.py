@@ -167,9 +167,7 @@ class Config(BaseModel, extra="forbid", strict=True, frozen=True, allow_inf_nan=
     samples_per_prompt: int = opt(1, "responses to each prompt; divides batch_size", ge=1)
     prompt_pool: int | None = opt(None, "distinct training prompts; null: all", ge=1, le=MANY)
     aligned: str | None = opt(None, "prompts the teacher knows: confidence, or a task or file")
-    aligned_share: float = opt(
-        1.0, "aligned: share of such prompts; the others are the task's", gt=0, le=1
-    )
+    aligned_share: float = opt(1.0, "aligned: their share; others are the task's", gt=0, le=1)
     cold_start: int = opt(0, "steps that first imitate the teacher's right responses", ge=0)
     temperature: float = opt(1.0, "of sampling and of both models' scores", ge=0.01, le=100)
     top_p: float = opt(1.0, "nucleus of the student's sampling", gt=0, le=1)
@@ -721,7 +719,7 @@ def sample(
     temperature   0: argmax, with the log-probs of the T = 1 law
     eos_ids       where a row stops; default the model's own (training passes both models' union)
     vocab_size    sample only from the first so many ids (check_pair)
-    Rows that stopped leave the batch.  The horizon is a hard stop: nothing is appended.
+    Rows that stopped leave the batch.  The horizon is a hard stop: nothing is appended.  [derived]
     Raises InputError: noise of the wrong shape; horizon, temperature or top_p out of range.
     """
     fine = horizon >= 1 and temperature >= 0 and 0 < top_p <= 1
@@ -1414,7 +1412,7 @@ def writing_flops(model: Module, context: int, drawn: Tensor) -> float:
 def step_flops(config: Config, world: "World", rollout: Rollout, step: int) -> dict[str, float]:
     """FLOPs of a step by part: sample (text that nobody sampled is free), score, update.
 
-    A remote teacher counts as none: its size is not known here.
+    A remote teacher counts as none: its size is not known here.  [derived]
     """
     P, prefix = rollout.prompt_ids.shape[1], config.teacher_prefix
     drawn = rollout.mask & rollout.logprobs.isfinite()  # (B, T)
@@ -1541,7 +1539,10 @@ def entropy_gap(logp: Tensor, logq: Tensor) -> Tensor:
 
 
 def kl_by_position(kl: Tensor, mask: Tensor) -> Tensor:
-    """(B, T) -> (T,): the mean over the rows that have a token there; nan where there is none."""
+    """(B, T) -> (T,): the mean over the rows that have a token there; nan where there is none.
+
+    [derived]
+    """
     total, rows = torch.where(mask, kl, 0.0).sum(0), mask.sum(0)
     return torch.where(rows > 0, total / rows.clamp(min=1), torch.nan)
 
@@ -1557,8 +1558,8 @@ def diagnose(
     kl, reward, entropy, teacher_entropy, entropy_gap in nats; agreement: do both likeliest tokens
     coincide; teacher_mass: the teacher's on the student's top 4; unsupported: the student's where
     the teacher gives less than .001; overlap, its masses and advantage on both top k; candidates:
-    the teacher's mass on what vocabulary routing may route to.  [secondary: 2604.13016; ours:
-    agreement, teacher_mass, unsupported; reconstruction: candidates]
+    the teacher's mass on what vocabulary routing may route to.  [secondary: 2604.13016;
+    reconstruction: agreement, teacher_mass, unsupported, candidates]
     """
     logp, logq, dot = logp.detach(), logq.detach(), torch.linalg.vecdot
     p, refused = logp.exp(), (logq < math.log(UNSUPPORTED)).to(logp)
@@ -1611,7 +1612,8 @@ def gradient_moments(
     """(|mean g|^2, mean |g|^2) of the gradients g of some batches; no weight is touched.
 
     first: the first batch's number as a step.  The ratio of the two is the batches' coherence: 1
-    when all ask for the same change, 1 / batches when they have nothing in common.  [derived]
+    when all ask for the same change, 1 / batches when they have nothing in common.
+    [reconstruction; derived: its limits]
     """
     sizes, weights = [], [*world.student.parameters()]
     total = [torch.zeros_like(p) for p in weights]
@@ -1648,9 +1650,10 @@ def continuation_advantage(
 
 
 # `check` asks so many prompts, looks at so many parts of the text, and wants at least: the gain in
-# accuracy of the teacher's continuation (two standard errors at 256 prompts [derived]), agreement
-# and teacher_mass (between the pairs that learned and those that did not, see
-# tiny_configs/evidence/check_known.json [ours, measured on tiny models])
+# accuracy of the teacher's continuation (a little more than two standard errors of a difference at
+# 256 prompts [derived]; the maximum over depths is not corrected for), agreement and teacher_mass
+# (between tiny pairs that learned and others: tiny_configs/evidence/check_known.json)
+# [reconstruction]
 CHECK_PROMPTS, CHECK_PARTS = 256, 8
 CHECK_LEAST = dict(gain=0.1, agreement=0.15, teacher_mass=0.35)
 
@@ -2041,7 +2044,7 @@ def load_world(config: Config) -> World:
 def add_engines(config: Config, world: World) -> None:
     """Start vLLM, or call on the remote teacher, and see that they agree with what is here."""
     task, V = world.task, world.law["vocab_size"]
-    probe = world.task.prompts(8, "train", seed="probe")
+    probe = task.prompts(8, "train", seed="probe")
     length = 4 * probe.ids.shape[1] + task.max_tokens  # room for prompts longer than these
     dtype = torch.bfloat16 if world.bf16 else torch.float32
     if config.engine != "transformers":
@@ -2286,7 +2289,7 @@ def look_ahead(
     """Credit and weights that need whole rows: one reading of the batch without gradient.
 
     Changes the table's advantage and emphasis.  With a critic: its gradient is left in place, and
-    its loss, half the squared error to the GAE target, is returned (else 0).
+    its loss, half the squared error to the GAE target, is returned (else 0).  [reconstruction]
     """
     mask, critic, values, loss = rollout.mask, world.critic, [], torch.tensor(0.0)
     for rows in micro_batches(config):
@@ -2325,7 +2328,9 @@ def token_loss(
     """Feedback to loss for n tokens, (n,): the one place where the variables meet.
 
     logp (n, V) with gradient; logq, logref (n, V) where there is such a model; now: the table's
-    rows of these tokens, (n,) each.
+    rows of these tokens, (n,) each.  Local KL where A <= 0, or where the teacher is undecided, on
+    the teacher's top k [reconstruction: AOPD; secondary: EOPD]; KL to the reference and entropy
+    [derived].
     """
     action, advantage = now["action"], now["advantage"] - now["baseline"]
     logp_a = of_tokens(logp, action)
@@ -2363,7 +2368,7 @@ def direct_loss(c: Config, logp: Tensor, logq: Tensor) -> Tensor:
 
 def lr_at(step: int, config: Config) -> float:
     """Linear warm-up over `warmup` steps, then flat, then linear to 0 over the last `decay` share
-    of the steps (at most all that follow the warm-up, so the peak is reached)."""
+    of the steps (at most all that follow the warm-up, so the peak is reached).  [reconstruction]"""
     up = (step + 1) / max(1, config.warmup)
     falling = min(config.decay * config.steps, max(1, config.steps - config.warmup))
     down = (config.steps - step) / falling if config.decay else 1.0
@@ -2478,34 +2483,39 @@ WHOLE = ("top_5_percent", "auroc", "kl_at", "engine_gap", "engine_gap_max", "rat
 def step_metrics(
     c: Config, world: World, step: int, horizon: int, prompts: Prompts, table: dict, sums: Counter
 ) -> dict[str, Any]:
-    """A row of metrics.jsonl but for what the loop adds; null where the run has no such value."""
+    """A row of metrics.jsonl but for what the loop adds; null where the run has no such value.
+
+    engine_gap |log p(a) - log p_engine(a)|, ratio p(a) / p_engine(a), on the student's own tokens,
+    before the first update.  [derived]
+    """
     t = whole_table(table)
     mask, right, finished = t["mask"], t["right"][:, 0] > 0, t["finished"][:, 0] > 0
     rollout = Rollout(prompts.ids, prompts.mask, t["action"], mask, t["engine"], finished)
     kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # on a Mac: bytes
     peak = kilobytes * (1 if sys.platform == "darwin" else 1024)
-    gpu, tokens, whole = world.student.device.type == "cuda", int(mask.sum()), {}
+    gpu, tokens = world.student.device.type == "cuda", int(mask.sum())
+    whole = dict.fromkeys(WHOLE)
     drawn = mask & t["engine"].isfinite()
     mine = drawn & luck(c, step)[1].to(drawn.device)[:, None]  # the student's own
     mine[:, : c.teacher_prefix] = False
     if "kl" in t and tokens:
         parts = kl_by_position(t["kl"], mask).split(math.ceil(mask.shape[1] / KL_PARTS))
         mean_reward = t["reward"].sum(1) / mask.sum(1).clamp(min=1)
+        whole["kl_at"] = [known(part.nanmean()) for part in parts]
         whole["top_5_percent"] = known(top_share(t["kl"], mask))
-        whole |= dict(auroc=known(auroc(mean_reward, right)))
-        whole |= dict(kl_at=[known(part.nanmean()) for part in parts])
+        whole["auroc"] = known(auroc(mean_reward, right))
     if mine.any():  # the trainer's law against the one sampled from
         gap = (t["before"] - t["engine"])[mine]
-        over = gap.exp() > (c.importance_cap or math.inf)
-        whole |= dict(engine_gap=float(gap.abs().mean()), engine_gap_max=float(gap.abs().max()))
-        whole |= dict(ratio=float(gap.exp().mean()), ratio_max=float(gap.exp().max()))
-        whole |= dict(ratio_clipped=float(over.float().mean()))
+        ratio, size = gap.exp(), gap.abs()
+        clipped = (ratio > (c.importance_cap or math.inf)).float()
+        values = size.mean(), size.max(), ratio.mean(), ratio.max(), clipped.mean()
+        whole |= zip(WHOLE[3:], map(float, values), strict=True)
     return dict(
         step=step + 1, loss=sums["loss"], grad_norm=sums["grad_norm"], lr=lr_at(step, c),
         value_loss=sums.get("value_loss") if c.baseline == "value" else None,
         **{key: known(t[name][mask].mean()) if name in t else None
            for key, name in DIAGNOSED.items()},
-        **{key: whole.get(key) for key in WHOLE},
+        **whole,
         correct=float(right.float().mean()), length=tokens / len(right), horizon=horizon,
         finished=float(finished.float().mean()), tokens_sampled=int(drawn.sum()),
         tokens_scored=tokens * (c.feedback == "teacher"),

@@ -161,6 +161,9 @@ TINY = dict(SMALL, batch_size=4, max_tokens=8, eval_every=0, eval_prompts=4)
 TINY |= dict(lr=1e-3, warmup=0, decay=0.0)
 
 
+SHIPPED = opd.EXTRAPOLATE_PROMPTS
+
+
 @pytest.fixture(autouse=True)
 def few(monkeypatch):
     monkeypatch.setattr(opd, "EXTRAPOLATE_PROMPTS", 4)
@@ -302,7 +305,7 @@ def test_candidates_are_validated_on_validation_prompts_with_the_same_luck(kind,
 
 
 def test_the_size_of_the_validation_and_the_rule_reach_the_trigger(run_dir, monkeypatch):
-    monkeypatch.setattr(opd, "EXTRAPOLATE_PROMPTS", 50)
+    monkeypatch.setattr(opd, "EXTRAPOLATE_PROMPTS", SHIPPED)
     config, world, _ = ready(extrapolate="accuracy")
     texts, _, splits = spied(monkeypatch, world)
     opd.candidate_score(config, world, dict(tokens_sampled=0, flop_sample=0))(world.student)

@@ -32,7 +32,7 @@ def code_lines(path):
     return used - documented
 
 
-PROMISE, NOW = 1200, 1894  # lines of code in opd.py: what was promised, and what it may not exceed
+PROMISE, NOW = 1200, 1893  # lines of code in opd.py: what was promised, and what it may not exceed
 
 
 @pytest.mark.xfail(strict=True, reason="opd.py is above its promised size; see the README")
@@ -44,7 +44,7 @@ def test_size_promise():
     file = ROOT / "opd.py"
     lines, text = code_lines(file), file.read_text().splitlines()
     heads = {int(m[1]): i for i, row in enumerate(text, 1) if (m := re.match(r"# §(\d+) ", row))}
-    mathematics = [n for n in lines if heads[2] <= n < heads[10]]
+    mathematics = [n for n in lines if heads[2] <= n < heads[11]]  # §2 to §10
     assert len(lines) <= NOW and len(mathematics) <= 550
     assert list(heads) == sorted(heads)
     for node in ast.walk(ast.parse(file.read_text())):
@@ -100,7 +100,10 @@ def test_readme_names_only_files_that_exist_and_fields_that_are_fields():
 def test_every_build_config_loads():
     for path in (ROOT / "tiny_configs").rglob("*.json"):
         if path.parent.name == "build":
-            assert opd.Config.load(path).name == f"build-{path.stem}"
+            config, trained = opd.Config.load(path), dict(student_improved="opd_full")
+            trained["student_reinforced"] = "reinforce"
+            assert config.name == f"build-{path.stem}"
+            assert config.method == trained.get(path.stem, "sft")
 
 
 def test_layout_and_no_private_paths():
