@@ -48,7 +48,7 @@ def cells_of(number):
     return []
 
 
-CELLS = {number: cells_of(number) for number in range(12)}
+CELLS = {number: cells_of(number) for number in range(13)}
 STUBS = {
     match[1]: source
     for cells in CELLS.values()
@@ -76,7 +76,7 @@ def said(source):
 
 def test_enough_of_them_in_every_notebook():
     assert len(KEYS) >= 30
-    for number in range(12):
+    for number in range(13):
         keys = [key for key in KEYS if key.startswith(f"{number}.")]
         assert keys == [f"{number}.{k}" for k in range(1, len(keys) + 1)] and 2 <= len(keys) <= 3
         if CELLS[number]:
@@ -230,6 +230,10 @@ def test_every_mistake_is_tried_often_enough():
         ("9.3", lambda s: -torch.special.xlogy(s / s.sum(), s / s.sum()).sum(), "a logarithm"),
         ("10.1", lambda p, q, k: k * opd.overlap_ratio(p, q, k), "a count, not a share"),
         ("10.2", lambda v, right: opd.auroc(v, ~right), "1 minus"),
+        ("12.1", lambda p, e, c: (p - e).exp().clamp(max=c), "a gradient flows"),
+        ("12.1", lambda p, e, c: opd.truncated_importance_weights(e, p, c), "are swapped"),
+        ("12.2", lambda y, seen: checks.behind_prompt(y.roll(-1, 1), seen), "shifted by one token"),
+        ("12.3", lambda q, t: (q * t).log_softmax(-1), "wrong"),
         ("11.3", lambda x, m: torch.where(m, x, 0.0).sum() / m.sum(), "no token is unmasked"),
     ],
 )
@@ -271,7 +275,7 @@ def test_no_such_exercise(capsys):
 
 def test_three_quiz_questions_a_notebook_with_answers():
     parts = re.split(r"(?m)^## ", QUIZ)[1:]
-    assert [part[:2] for part in parts] == [f"{number:02}" for number in range(12)]
+    assert [part[:2] for part in parts] == [f"{number:02}" for number in range(13)]
     for part in parts:
         assert len(re.findall(r"(?m)^\d\. ", part)) == part.count("*Answer:*") == 3
 

@@ -275,3 +275,23 @@ def ex_11_2(lp: Tensor, lq: Tensor) -> Tensor:
 def ex_11_3(x: Tensor, mask: Tensor) -> Tensor:
     """Over the unmasked tokens, at least 1; `where`, since nan * 0 is nan."""
     return torch.where(mask, x, 0.0).sum() / mask.sum().clamp(min=1)
+
+
+# --- 12 from tiny to GPU --------------------------------------------------------------------------
+
+
+def ex_12_1(logp_a: Tensor, engine_logp: Tensor, cap: float) -> Tensor:
+    """A factor in front of a loss, not a part of it: detached.  Clipped above only."""
+    return (logp_a - engine_logp).detach().exp().clamp(max=cap)
+
+
+def ex_12_2(answers: Tensor, seen: Tensor) -> Tensor:
+    """The server saw no padding: in row i the response starts behind seen[i].sum() entries."""
+    start, T = seen.sum(1), seen.shape[1]
+    return torch.stack([row[s : s + T] for row, s in zip(answers, start, strict=True)])
+
+
+def ex_12_3(logq: Tensor, temperature: float) -> Tensor:
+    """softmax(z / T) from log-probs at 1: they are logits up to a constant a state."""
+    scaled = logq / temperature
+    return scaled - scaled.logsumexp(-1, keepdim=True)
