@@ -31,6 +31,7 @@ import opd  # noqa: E402
 
 BLUE, ORANGE, GREEN, PINK, GREY = "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#7F7F7F"
 SKY, RED = "#56B4E9", "#D55E00"
+MARKERS = "os^DvPX*<>hpd"  # with the lines' styles: readable in grey
 
 
 def style() -> None:
@@ -59,14 +60,14 @@ def show_tokens(
     values: one number a token, e.g. log q(a) - log p(a) in nats.  scale: the |value| with the full
     colour; None: the largest.
     """
-    numbers = [float(v) for v in values]
+    numbers = [round(float(v), 1) + 0.0 for v in values]
     full = scale or max([abs(v) for v in numbers] + [1e-9])
     cells = []
     for token, value in zip(tokens, numbers, strict=True):
         rgb, strength = "0,114,178" if value > 0 else "230,159,0", min(1.0, abs(value) / full)
         cells.append(
             f'<td style="text-align:center;background:rgba({rgb},{strength:.2f});padding:2px 6px;'
-            f'font-family:monospace">{html.escape(token)}<br><small>{value:+.1f}</small></td>'
+            f'font-family:monospace">{html.escape(token)}<br><small>{value:{"+" * bool(value)}.1f}</small></td>'
         )
     lines = ("".join(cells[i : i + per_line]) for i in range(0, len(cells), per_line))
     tables = (f'<table style="margin:0"><tr>{line}</tr></table>' for line in lines)
@@ -75,14 +76,16 @@ def show_tokens(
 
 def plot_metrics(runs: dict[str, list[dict]], keys: dict[str, str], title: str) -> plt.Figure:
     """One panel a key over steps, one line a run.  runs: label -> rows; keys: key -> axis label."""
-    figure, axes = plt.subplots(1, len(keys), figsize=(3.4 * len(keys), 2.8), squeeze=False)
+    figure, axes = plt.subplots(1, len(keys), figsize=(3.4 * len(keys), 3), squeeze=False)
     for axis, (key, label) in zip(axes[0], keys.items(), strict=True):
-        for name, rows in runs.items():
+        for (name, rows), marker in zip(runs.items(), itertools.cycle(MARKERS)):
             seen = [(r["step"], r[key]) for r in rows if r.get(key) is not None]
-            if seen:
-                axis.plot(*zip(*seen, strict=True), label=name, marker="o" if len(seen) < 9 else "")
-        axis.set(xlabel="step", ylabel=label)
-    axes[0][0].legend(fontsize=8)
+            often = dict(marker=marker, markevery=max(1, len(seen) // 8), markersize=4)
+            axis.plot([x for x, _ in seen], [y for _, y in seen], label=name, **often)
+        axis.set(xlabel="step", ylabel=label, yscale="log" if key == "kl" else "linear")
+    if len(runs) > 1:
+        lines = axes[0][0].get_legend_handles_labels()
+        figure.legend(*lines, loc="outside lower center", ncols=min(5, len(runs)), fontsize=8)
     figure.suptitle(title)
     return figure
 
@@ -479,10 +482,10 @@ def interval(values: list[float]) -> tuple[float, float]:
     return mean(values), t * stdev(values) / math.sqrt(n)
 
 
-def markdown_table(summary: dict[str, dict[str, Any]]) -> str:
+def markdown_table(summary: dict[str, dict[str, Any]], measures: list[str] | None = None) -> str:
     """The comparison as a table; * marks a learning rate at the edge of its grid.
 
-    Measures that are the same for all variants are left out.
+    measures: those to show; None: all that tell variants apart.
     """
 
     def shown(value: tuple[float, float] | None) -> str:
@@ -491,6 +494,7 @@ def markdown_table(summary: dict[str, dict[str, Any]]) -> str:
     first = next(iter(summary))
     keys = dict.fromkeys(key for s in summary.values() for key in s["metrics"])
     keys = [k for k in keys if len({s["metrics"].get(k) for s in summary.values()}) > 1]
+    keys = keys if measures is None else measures
     head = ["variant", "lr", "accuracy", f"minus {first}", "tokens sampled", *keys]
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for name, s in summary.items():
@@ -513,14 +517,14 @@ def plot_comparison(summary: dict[str, dict[str, Any]], title: str) -> plt.Figur
     labels = {label: at for label, at in labels.items() if at[0] < width}
     figure, axes = plt.subplots(1, len(labels), figsize=(3 * len(labels) + 1.5, 3), sharey=True)
     for axis, (label, (column, unit)) in zip(axes, labels.items(), strict=True):
-        for name, s in summary.items():
+        for (name, s), marker in zip(summary.items(), itertools.cycle(MARKERS)):
             longest = max(len(r["curve"]) for r in s["runs"])
             curves = [
                 r["curve"] + [r["curve"][-1]] * (longest - len(r["curve"])) for r in s["runs"]
             ]
             curves = torch.tensor(curves)  # (seeds, points, columns)
             x, y = curves[..., column].mean(0) / unit, curves[..., 3]
-            (line,) = axis.plot(x, y.mean(0), label=name)
+            (line,) = axis.plot(x, y.mean(0), label=name, marker=marker, markersize=4)
             axis.fill_between(x, y.amin(0), y.amax(0), color=line.get_color(), alpha=0.15, lw=0)
         axis.set(xlabel=label)
     axes[0].set(ylabel="validation accuracy")

@@ -280,6 +280,13 @@ def test_three_quiz_questions_a_notebook_with_answers():
         assert len(re.findall(r"(?m)^\d\. ", part)) == part.count("*Answer:*") == 3
 
 
+def test_the_readme_asks_the_same_questions_without_answers():
+    readme = (ROOT / "README.md").read_text().partition("### Quiz\n")[2].partition("</details>")[0]
+    asked = re.findall(r"(?m)^\d\. (.*)$", readme)
+    assert asked == re.findall(r"(?m)^\d\. (.*)$", QUIZ) and len(asked) == 39
+    assert "Answer" not in readme
+
+
 def test_format():
     files = ["notebooks/checks.py", "notebooks/solutions/solutions.py"]
     for words in (["format", "--check", "-q"], ["check", "-q"]):

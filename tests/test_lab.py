@@ -136,7 +136,8 @@ def test_show_tokens_escapes_and_colours_by_sign():
         ["<e>", "a", "b"], torch.tensor([-2.0, 1.0, 0.0]), "title", scale=4.0
     ).data
     assert "&lt;e&gt;" in page and "<e>" not in page and "title" in page
-    assert "rgba(230,159,0,0.50)" in page and "rgba(0,114,178,0.25)" in page and "+0.0" in page
+    assert "rgba(230,159,0,0.50)" in page and "rgba(0,114,178,0.25)" in page
+    assert "+1.0" in page and ">0.0<" in page and "+0.0" not in page  # 0 has no sign
     assert lab.show_tokens(["a"] * 40, [1.0] * 40).data.count("<table") == 3
 
 

@@ -1,6 +1,8 @@
 """The notebooks: committed as executed, clean outputs; `pytest --notebooks` runs them all."""
 
 import re
+import subprocess
+import sys
 
 import nbformat
 import pytest
@@ -39,6 +41,58 @@ def test_every_displayed_formula_has_its_evidence_tag(path):
     for cell in nbformat.read(path, as_version=4).cells:
         if cell.cell_type == "markdown" and "$$" in cell.source:
             assert tags.search(cell.source), cell.source[:200]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_what_is_ours_stands_in_a_box(path):
+    """A notebook that shows a reconstruction says so in a block that is seen without reading."""
+    cells = nbformat.read(path, as_version=4).cells
+    text = "\n".join(c.source for c in cells if c.cell_type == "markdown").partition("## Exerc")[0]
+    text += "".join(
+        str(o.get("text", "")) for o in outputs_of(nbformat.v4.new_notebook(cells=cells))
+    )
+    boxes = re.findall(
+        r"(?m)^> \*\*Box: (our |an? )?(reconstruction|choices|guess|reading|estimates?)", text
+    )
+    shown = re.search(r"[\[;] ?reconstruction", text)
+    assert boxes or not shown, "a reconstruction without a box"
+    if path.stem[:2] in ("05", "06", "08", "10", "11"):  # GAE-OPD, CR-OPD, schedules, check, report
+        assert ("our ", "reconstruction") in boxes and shown
+    if path.stem[:2] == "12":
+        assert ("an ", "estimate") in boxes
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_first_cell_is_everywhere_the_same(path):
+    assert first_cell(path) == first_cell(NOTEBOOKS[0])
+
+
+def first_cell(path):
+    cells = nbformat.read(path, as_version=4).cells
+    return next(c.source for c in cells if c.cell_type == "code")
+
+
+@pytest.mark.parametrize("inside", ["", "notebooks", "project", "elsewhere"])
+def test_first_cell_finds_the_project_or_says_what_to_do(inside, tmp_path):
+    """From the project, from its notebooks, with the project in a folder here; or not at all."""
+    where = dict(project=tmp_path, elsewhere=tmp_path / "empty").get(inside, ROOT / inside)
+    where.mkdir(exist_ok=True)
+    if inside == "project":
+        (tmp_path / "opd-py").symlink_to(ROOT)
+    done = subprocess.run(
+        [sys.executable, "-c", first_cell(NOTEBOOKS[0])], cwd=where, capture_output=True, text=True
+    )
+    if inside == "elsewhere":
+        assert done.returncode == 1 and "upload the project's whole folder" in done.stderr
+        assert "Traceback" not in done.stderr
+    else:
+        assert done.returncode == 0 and done.stdout.endswith("opd.py found\n"), done.stderr
+
+
+def test_first_cell_names_the_command_when_a_package_is_missing():
+    code = "import sys; sys.modules['matplotlib'] = None\n" + first_cell(NOTEBOOKS[0])
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and "%pip install -r" in done.stderr
 
 
 @pytest.mark.notebook
