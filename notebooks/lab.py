@@ -65,9 +65,10 @@ def show_tokens(
     cells = []
     for token, value in zip(tokens, numbers, strict=True):
         rgb, strength = "0,114,178" if value > 0 else "230,159,0", min(1.0, abs(value) / full)
+        number = f"{value:+.1f}" if value else "0.0"
         cells.append(
             f'<td style="text-align:center;background:rgba({rgb},{strength:.2f});padding:2px 6px;'
-            f'font-family:monospace">{html.escape(token)}<br><small>{value:{"+" * bool(value)}.1f}</small></td>'
+            f'font-family:monospace">{html.escape(token)}<br><small>{number}</small></td>'
         )
     lines = ("".join(cells[i : i + per_line]) for i in range(0, len(cells), per_line))
     tables = (f'<table style="margin:0"><tr>{line}</tr></table>' for line in lines)
