@@ -1717,8 +1717,8 @@ def check(config: Config) -> Verdict:
     rules = {"other teacher": "gain" in low, "cold start first": low, "shorten the horizon": short}
     decision = next((advice for advice, holds in rules.items() if holds), "go")
     reasons = [f"note: {what} differ" for what, (one, other) in pair.items() if one != other]
-    wanted = CHECK_LEAST.items()
-    reasons += [f"{key} {numbers[key]:.3f}, wanted at least {least}" for key, least in wanted]
+    for key, least in CHECK_LEAST.items():
+        reasons.append(f"{key} {numbers[key]:.3f}, wanted at least {least}")
     reasons.append(f"reliable up to token {numbers['horizon']} of {task.max_tokens}")
     return Verdict(decision, reasons, numbers)
 
@@ -2253,9 +2253,8 @@ def token_table(config: Config, rollout: Rollout, right: Tensor) -> dict[str, Te
     table = dict(action=rollout.tokens, mask=mask, engine=rollout.logprobs, weight=weight)
     rows = dict(right=right.to(weight), finished=rollout.finished.to(weight), advantage=reward)
     table |= {name: row[:, None].expand_as(weight).clone() for name, row in rows.items()}
-    table |= {
-        name: torch.zeros_like(weight) for name in ("before", "baseline", "overlap", "entropy")
-    }
+    for name in ("before", "baseline", "overlap", "entropy"):
+        table[name] = torch.zeros_like(weight)
     return table | dict(emphasis=torch.ones_like(weight))
 
 
@@ -2954,16 +2953,17 @@ def draw_curve(rows: list[dict], result: dict[str, Any], path: Path) -> None:
             if seen:
                 axis.plot(*zip(*seen, strict=True), style, mfc="none", ms=4, label=name)
         axis.set(title=title, xlabel="step", ylabel=unit)
-    for who, x in (("student_before", 0), ("student_after", len(rows)), ("teacher", len(rows))):
+    for who, style in dict(student_before="s-", student_after="o-", teacher="^--").items():
         if test := result[who]:
-            interval = [test["low"], test["accuracy"], test["high"]]
-            axes[0].plot([x] * 3, interval, "s-", ms=3, label=f"test, {who.replace('_', ' ')}")
+            x, bar = len(rows) * (who != "student_before"), [test[k] for k in ("low", "high")]
+            axes[0].plot([x, x], bar, style, ms=4, label=f"test, {who.replace('_', ' ')}")
     profiles = [row for row in rows if row["kl_at"]]
-    for row in profiles[:: max(1, (len(profiles) - 1) // 4)]:  # position: share of the longest
+    some = profiles[:: max(1, math.ceil(len(profiles) / 5))]  # position: share of the longest
+    for row, style in zip(some, ("o-", "s--", "^:", "D-.", "v-"), strict=False):
         where = [(n + 0.5) / len(row["kl_at"]) for n in range(len(row["kl_at"]))]
-        last.plot(where, row["kl_at"], ".-", label=f"step {row['step']}")
-    last.set(title="Where is the distance?", xlabel="position / longest", ylabel="KL, nats a token",
-             yscale="log")  # fmt: skip
+        last.plot(where, row["kl_at"], style, ms=3, label=f"step {row['step']}")
+    last.set(title="Where is the distance?", xlabel="position / longest", yscale="log")
+    last.set_ylabel("KL, nats a token")
     for axis in (*axes, last):
         axis.legend(fontsize=7) if axis.lines else axis.set_axis_off()
     figure.savefig(path, dpi=100)

@@ -490,7 +490,7 @@ def markdown_table(summary: dict[str, dict[str, Any]], measures: list[str] | Non
     """
 
     def shown(value: tuple[float, float] | None) -> str:
-        return "" if value is None else "{:.3f} ± {:.3f}".format(*value)
+        return "" if value is None else "{:.3f}\u00a0±\u00a0{:.3f}".format(*value)
 
     first = next(iter(summary))
     keys = dict.fromkeys(key for s in summary.values() for key in s["metrics"])
@@ -500,7 +500,7 @@ def markdown_table(summary: dict[str, dict[str, Any]], measures: list[str] | Non
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for name, s in summary.items():
         (gap, half), rate = s["difference"], f"{s['lr']:g}{'*' * s['edge']}"
-        paired = "" if name == first else f"{gap:+.3f} ± {half:.3f}"
+        paired = "" if name == first else f"{gap:+.3f}\u00a0±\u00a0{half:.3f}"
         cells = [name, rate, shown(s["accuracy"]), paired, f"{s['tokens']:,.0f}"]
         cells += [shown(s["metrics"].get(key)) for key in keys]
         lines.append(f"| {' | '.join(cells)} |")
@@ -527,7 +527,7 @@ def plot_comparison(summary: dict[str, dict[str, Any]], title: str) -> plt.Figur
             x, y = curves[..., column].mean(0) / unit, curves[..., 3]
             (line,) = axis.plot(x, y.mean(0), label=name, marker=marker, markersize=4)
             axis.fill_between(x, y.amin(0), y.amax(0), color=line.get_color(), alpha=0.15, lw=0)
-        axis.set(xlabel=label)
+        axis.set(xlabel=label, xscale="log" if column else "linear")
     axes[0].set(ylabel="validation accuracy")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", fontsize=7)
     figure.suptitle(title)
