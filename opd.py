@@ -1156,7 +1156,7 @@ def gae(
 def discounted_return(reward: Tensor, mask: Tensor, gamma: float) -> Tensor:
     """sum_{k >= 0} gamma^k r_{t+k}: (B, T) -> (B, T), detached, 0 where masked.
 
-    gamma 0: immediate credit, the gradient of each visited state's KL, what nearly everybody runs;
+    gamma 0: immediate credit, the gradient of each visited state's KL, what tinker and G-OPD run;
     1: return-to-go, the exact gradient of the sequence KL, with far more variance.
     [paper 2605.11739; derived]
     """
@@ -1380,9 +1380,9 @@ def horizon_at(step: int, config: Config, history: list[dict] | None = None) -> 
 
 
 def forward_flops(model: Module, positions: float, pairs: float, read: float) -> float:
-    """FLOPs of a forward pass: 2 N positions + 4 L A pairs + 2 D V read.  [derived]
+    """FLOPs of a forward pass: 2 M positions + 4 L a pairs + 2 D V read.  [derived]
 
-    N weights of the layers' matrices, L layers, A heads * head size; pairs: sum over positions of
+    M weights of the layers' matrices, L layers, a heads * head size; pairs: sum over positions of
     the positions each attends to (the whole square when nothing is cached); read: positions whose
     logits are computed.  A backward pass costs twice as much.
     """

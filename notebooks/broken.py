@@ -112,7 +112,7 @@ def cut_as_finished(reward: Tensor, value: Tensor, mask: Tensor, gamma: float) -
 
 
 def late_scores(logp: Tensor) -> Tensor:
-    """Scores of (B, T, V) one token late: labels not shifted.  ms-swift #8436, atropos #464."""
+    """Scores of (B, T, V) one token late: each law is the one before.  atropos #464."""
     return logp.roll(1, dims=1)
 
 
