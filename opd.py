@@ -26,7 +26,7 @@ than method (plots, comparisons, token heat maps) lives in notebooks/lab.py.
     python opd.py --student NAME --teacher NAME --steps 0   # same model twice: the self-check
     python opd.py CONFIG.json --seed 1                      # fields from a file; options win
     python opd.py --resume runs/NAME                        # go on after Ctrl-C or a crash
-    python opd.py check CONFIG.json                         # before training: will it work?
+    python opd.py check [CONFIG.json] [--teacher NAME ...]  # before training: will it work?
     python opd.py report runs/NAME                          # write report.md again
     python opd.py methods                                   # what each method sets
 """
@@ -147,6 +147,19 @@ NEEDS: list[tuple[dict[str, list], dict[str, list]]] = [  # fields with such val
     (dict(cold_start=ANY), dict(schedule=["fixed", "linear", "staircase"])),
     (dict(extrapolate=["kl"]), dict(feedback=["teacher"])),
     (dict(tail=["stop_gradient", "generalised"]), dict(divergence=["reverse_kl", "jsd"])),
+    # and these would change nothing without
+    (dict(student_share=ANY, off_policy=ANY), dict(states=["mixed"])),
+    (dict(horizon_start=ANY), dict(schedule=["staircase", "linear", "adaptive"])),
+    (dict(growth=ANY), dict(schedule=["staircase", "linear"])),
+    (dict(horizon_kl=ANY), dict(schedule=["adaptive"])),
+    (dict(beta=ANY), dict(divergence=["jsd"])),
+    (dict(divergence=ANY), dict(feedback=SCORED)),
+    (dict(tail=ANY), dict(support=["student", "teacher", "union", "intersection"])),
+    (dict(gae_lambda=ANY), dict(baseline=["value"])),
+    (dict(rho=ANY), dict(negative=["route"])),
+    (dict(weight_strength=ANY), dict(weighting=["position", "overlap"])),
+    (dict(overlap_threshold=ANY), dict(weighting=["overlap"])),
+    (dict(accept=ANY), dict(extrapolate=["accuracy", "kl"])),
 ]
 
 
@@ -377,8 +390,9 @@ def preset(method: str) -> dict[str, Any]:
 
 
 def find(name: str) -> str:
-    """A folder or file as given, else the same path beside opd.py, else the name (a hub name)."""
-    return next((str(path) for path in (Path(name), HERE / name) if path.exists()), name)
+    """A folder or file as given, or beside opd.py, or a shipped model's name; else a hub name."""
+    places = Path(name), HERE / name, HERE / "tiny_configs/models" / name
+    return next((str(path) for path in places if path.exists()), name)
 
 
 def same_model(one: str, other: str) -> bool:
@@ -400,11 +414,8 @@ def load_model(
     """
     folder, dtype, who = find(name_or_dir), torch.float32, f"{role} = {name_or_dir!r}"
     if role != "student" and device != "cpu":
-        dtype = (
-            torch.bfloat16
-            if torch.cuda.is_bf16_supported(including_emulation=False)
-            else torch.float16
-        )
+        able = torch.cuda.is_bf16_supported(including_emulation=False)
+        dtype = torch.bfloat16 if able else torch.float16
     suffixes = {path.suffix for path in Path(folder).glob("*")}  # none for a hub name
     blank = ".json" in suffixes and not suffixes & {".safetensors", ".bin", ".pt", ".pth"}
     rule = "be a folder here, or a model on the Hugging Face hub, with a causal LM in safetensors"
@@ -426,7 +437,7 @@ def load_model(
 
 def load_tokenizer(name_or_dir: str, role: str = "student") -> Any:
     """The tokenizer of a model folder or hub name; role names it in the InputError if none."""
-    with must(f"{role} = {name_or_dir!r}", "have a tokenizer"):
+    with must(f"{role} = {name_or_dir!r}", "be a folder here, or a hub model, with a tokenizer"):
         return AutoTokenizer.from_pretrained(find(name_or_dir))
 
 
@@ -1732,11 +1743,10 @@ class TeacherUnreachable(RuntimeError):
     """The remote teacher stayed away through every retry.  Exit code 3."""
 
 
-VLLM_SETTINGS = dict(  # environment: one process, so that weights are handed over in memory; vLLM
-    # does not pin the trainer's threads; GiB; quiet.  What the user has set stays
-    VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_CPU_OMP_THREADS_BIND="nobind",
-    VLLM_CPU_KVCACHE_SPACE="1", VLLM_LOGGING_LEVEL="ERROR",
-)  # fmt: skip
+# environment: one process, so that weights are handed over in memory; vLLM does not pin the
+# trainer's threads; GiB; quiet.  What the user has set stays
+VLLM_SETTINGS = dict(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_CPU_OMP_THREADS_BIND="nobind",
+                     VLLM_CPU_KVCACHE_SPACE="1", VLLM_LOGGING_LEVEL="ERROR")  # fmt: skip
 GPU_SHARE, SYNC_GAP, SYNC_GAP_HALF = 0.4, 1e-3, 0.1  # gaps: mean nats a token
 REMOTE_TEXTS, REMOTE_THREADS, PROBES = 8, 8, 8  # texts a request, requests at once; of `check`
 REMOTE_TIMEOUT, REMOTE_WAITS = 120.0, (1, 2, 4, 8, 16, 32)  # seconds: for an answer; between tries
@@ -1920,11 +1930,9 @@ VALUE_LR, VALUE_WARMUP = 1e-2, 5  # the critic's rate; steps in which it only le
 CANDIDATES = 4  # aligned = "confidence": prompts looked at for each one taken
 DEPTH_PROMPTS, COHERENCE_PROMPTS = 64, 8  # of the diagnostics of every eval_every steps
 # In the cold start nothing but imitation acts; the teacher's right and finished responses only.
-COLD_START = dict(
-    states="teacher", feedback="imitation", route="direct", negative="suppress", gamma=0.0,
-    baseline="none", entropy_threshold=None, weighting="none", importance_cap=None,
-    reward_scale=1.0, horizon=None, schedule="fixed",
-)  # fmt: skip
+COLD_START = dict(states="teacher", feedback="imitation", route="direct", negative="suppress",
+                  gamma=0.0, baseline="none", entropy_threshold=None, importance_cap=None,
+                  weighting="none", reward_scale=1.0, horizon=None, schedule="fixed")  # fmt: skip
 PRUNE_BASE, KL_PARTS = 0.5, 16  # Prune-OPD's base weight; kl_at: parts of the longest response
 CHECKPOINT = "checkpoint/last.safetensors"  # in a run's folder
 DTYPES = dict(fp32=torch.float32, fp16=torch.float16, bf16=torch.bfloat16)
@@ -2470,11 +2478,10 @@ def whole_table(table: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: column.to(own.dtype) for (name, own), column in columns}
 
 
-DIAGNOSED = {key: key for key in (  # key of metrics.jsonl -> the table whose mean it is
-    "kl", "reward", "entropy", "teacher_entropy", "entropy_gap", "agreement", "teacher_mass",
-    "overlap", "overlap_mass", "overlap_mass_teacher", "overlap_advantage", "unsupported",
-    "candidates", "gated",
-)} | dict(weight="emphasis")  # fmt: skip
+DIAGNOSED = dict(weight="emphasis")  # key of metrics.jsonl -> the table whose mean it is; or alike
+DIAGNOSED |= {key: key for key in ("kl", "reward", "entropy", "teacher_entropy", "entropy_gap",
+              "agreement", "teacher_mass", "overlap", "overlap_mass", "overlap_mass_teacher",
+              "overlap_advantage", "unsupported", "candidates", "gated")}  # fmt: skip
 WHOLE = ("top_5_percent", "auroc", "kl_at", "engine_gap", "engine_gap_max", "ratio", "ratio_max",
          "ratio_clipped")  # fmt: skip
 
@@ -2511,17 +2518,14 @@ def step_metrics(
         whole |= zip(WHOLE[3:], map(float, values), strict=True)
     return dict(
         step=step + 1, loss=sums["loss"], grad_norm=sums["grad_norm"], lr=lr_at(step, c),
-        value_loss=sums.get("value_loss") if c.baseline == "value" else None,
-        **{key: known(t[name][mask].mean()) if name in t else None
-           for key, name in DIAGNOSED.items()},
-        **whole,
+        value_loss=sums.get("value_loss") if c.baseline == "value" else None, **whole,
+        **{key: known(t[at][mask].mean()) if at in t else None for key, at in DIAGNOSED.items()},
         correct=float(right.float().mean()), length=tokens / len(right), horizon=horizon,
         finished=float(finished.float().mean()), tokens_sampled=int(drawn.sum()),
         tokens_scored=tokens * (c.feedback == "teacher"),
         tokens_trained=tokens * c.updates_per_rollout, extrapolated=None,
-        memory_mb=(torch.cuda.max_memory_allocated() if gpu else peak) / 2**20,
-        **{f"flop_{part}": flop for part, flop in step_flops(c, world, rollout, step).items()},
-    )  # fmt: skip
+        **{f"flop_{part}": n for part, n in step_flops(c, world, rollout, step).items()},
+        memory_mb=(torch.cuda.max_memory_allocated() if gpu else peak) / 2**20)  # fmt: skip
 
 
 def known(value: Tensor | float) -> float | None:
@@ -2753,8 +2757,7 @@ def train(config: Config, resume: str | Path | None = None) -> Run:
     n = config.batch_size // config.samples_per_prompt
     uneven = f"batch_size = {config.batch_size}: its {n} prompts must divide among"
     require(n % ranks == 0, f"{uneven} {ranks} processes")
-    one = f"baseline = 'value': one process only, not {ranks}"
-    require(ranks == 1 or config.baseline != "value", one)
+    require(ranks == 1 or config.baseline != "value", "baseline = 'value': one process only")
     world = load_world(config)
     config = config.model_copy(update=dict(max_tokens=world.task.max_tokens))
     if config.teacher and same_model(config.student, config.teacher):
@@ -2821,7 +2824,7 @@ def training_loop(run: Run, world: World, optimizer: AdamW) -> None:
             end = last or result["stopped"]
             due = config.eval_every and (step % config.eval_every == 0 or end)
             accuracy = validate(config, world, step, run.dir / "samples.txt") if due else None
-            row |= dict(coherence=None, continuation=None)
+            row["coherence"] = row["continuation"] = None
             row |= rare_diagnostics(config, world) if due else {}
             row |= dict(accuracy=accuracy, step_s=time.perf_counter() - start)
             for group in ("tokens", "flop"):  # from here on: since the start
@@ -2979,8 +2982,7 @@ def print_help() -> None:
     print(__doc__.rpartition("\n\n")[2] + "\nfields (default):")
     for name, field in Config.model_fields.items():
         names = ", ".join(v for v in get_args(field.annotation) if isinstance(v, str))
-        text = f"{names}{': ' * bool(names)}{field.description}"
-        print(f"  --{name:20} {text} ({field.default})")
+        print(f"  --{name:20} {names}{': ' * bool(names)}{field.description} ({field.default})")
 
 
 def parse(argv: list[str]) -> tuple[list[str], dict[str, Any]]:
@@ -3024,8 +3026,8 @@ def run_command(argv: list[str]) -> None:
         print(f"{words[1]}/report.md")
     elif words[:1] == ["check"] and len(words) <= 2:
         verdict = check(Config.load(*words[1:], **fields))
-        print(f"{verdict.decision}\n", *verdict.reasons, "", sep="\n")
         print(json.dumps(verdict.numbers, indent=1))
+        print(f"\n{verdict.decision}\n", *verdict.reasons, sep="\n")
     elif len(words) > 1 or (words and not words[0].endswith(".json")):
         raise InputError(f"{' '.join(words)!r}: must be [check] CONFIG.json, report RUN or methods")
     elif resume is not None and (words or fields):

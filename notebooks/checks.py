@@ -267,6 +267,8 @@ def wrong_versions(names: list[str]) -> Iterator[tuple[str, Callable]]:
     A mistake that cannot be made with these arguments raises.
     """
     yield "the sign is wrong", lambda f, a, n: -f(a)
+    for by in (1, -1):
+        yield "off by one", lambda f, a, n, by=by: f(a) + by
     for name in SHARES:
         yield f"`{name}` weighs the wrong side", lambda f, a, n, x=name: f(a | {x: 1 - a[x]})
     for one, other in STUDENT.items():
@@ -291,8 +293,6 @@ def wrong_versions(names: list[str]) -> Iterator[tuple[str, Callable]]:
         for v in (0, 1):
             yield f"`{name}` is ignored", lambda f, a, n, x=name, v=v: f(a | {x: type(a[x])(v)})
     yield "the wrong way round: 1 minus the right value", lambda f, a, n: 1 - f(a)
-    for by in (1, -1):
-        yield "off by one", lambda f, a, n, by=by: f(a) + by
 
 
 SHIFTED = "shifted by one token"
@@ -462,7 +462,8 @@ def explain(e: Exercise, cases: list, found: list[dict], wanted: list[dict]) -> 
     pairs = [(x[k], y[k]) for x, y in zip(found, wanted, strict=True) for k in x]
     ratio = torch.cat([(x / y)[y.isfinite() & (y != 0)] for x, y in pairs])
     holes = [bool((x.isfinite() != y.isfinite()).any()) for x, y in pairs]
-    if len(ratio) and not any(holes) and equal(ratio, ratio[:1].expand_as(ratio)):
+    zeros = all(equal(x[y == 0], y[y == 0]) for x, y in pairs)
+    if len(ratio) and zeros and not any(holes) and equal(ratio, ratio[:1].expand_as(ratio)):
         return f"off by a factor: it is {ratio[0]:.4g} times what it should be"
     if all(equal(*pair) for pair in values):
         return f"{fine}the gradient is wrong"

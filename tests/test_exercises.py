@@ -230,6 +230,8 @@ def test_every_mistake_is_tried_often_enough():
         ("9.3", lambda s: -torch.special.xlogy(s / s.sum(), s / s.sum()).sum(), "a logarithm"),
         ("10.1", lambda p, q, k: k * opd.overlap_ratio(p, q, k), "a count, not a share"),
         ("10.2", lambda v, right: opd.auroc(v, ~right), "1 minus"),
+        ("1.1", lambda mask: mask.cumsum(-1), "off by one"),
+        ("10.3", lambda y, one, other: y >= 0, "wrong values"),
         ("12.1", lambda p, e, c: (p - e).exp().clamp(max=c), "a gradient flows"),
         ("12.1", lambda p, e, c: opd.truncated_importance_weights(e, p, c), "are swapped"),
         ("12.2", lambda y, seen: checks.behind_prompt(y.roll(-1, 1), seen), "shifted by one token"),

@@ -132,7 +132,9 @@ def horizons(config, kl=None):
 
 def growing(schedule, **fields):
     given = dict(schedule=schedule, max_tokens=50, horizon_start=6, growth=0.5, steps=40)
-    return opd.Config(**{**given, **fields})
+    unused = dict(fixed=("horizon_start", "growth"), adaptive=("growth",)).get(schedule, ())
+    given = {key: value for key, value in {**given, **fields}.items() if key not in unused}
+    return opd.Config(**given)
 
 
 @pytest.mark.parametrize("schedule", ["fixed", "linear", "staircase", "adaptive"])

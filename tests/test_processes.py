@@ -156,7 +156,7 @@ def test_two_go_on_from_two(two):
 def test_a_batch_that_does_not_divide_and_a_critic_are_refused(two):
     for rank in (0, 1):
         assert (two.parent / f"refused-{rank}").read_text().splitlines() == [
-            "baseline = 'value': one process only, not 2",
+            "baseline = 'value': one process only",
             "2 opd.py: batch_size = 9: its 9 prompts must divide among 2 processes",
         ]
     assert not (two / "never").exists()

@@ -79,7 +79,8 @@ def whole_loss(config, world, rollout):
     "fields",
     [dict(), dict(divergence="forward_kl"), dict(divergence="jsd"), dict(method="opd"),
      dict(aggregation="sequence_mean", temperature=1.3), dict(feedback="imitation"),
-     dict(support="union", top_k=3), dict(method="prune_opd", weighting="none"),
+     dict(support="union", top_k=3),
+     dict(method="prune_opd", weighting="none", weight_strength=0.5),
      dict(method="rethinking_topk", divergence="forward_kl"), dict(method="vopd"),
      dict(method="cr_opd"), dict(method="aopd"), dict(method="eopd", entropy_threshold=1e-3),
      dict(method="exopd", reference_kl=0.5), dict(method="opd_plus", importance_cap=0.9),
@@ -583,7 +584,7 @@ def test_a_cut_row_goes_on_and_a_finished_one_ends():
     rollout.finished[:] = torch.tensor([True, False, True, False])
     table = opd.token_table(config, rollout, torch.zeros(4, dtype=torch.bool))
     opd.look_ahead(config, world, rollout, table, {}, step=99, lap=lambda key: None)
-    plain = dict(config.model_dump(), baseline="none", gamma=0.0, method="opd")
+    plain = dict(config.model_dump(), baseline="none", gamma=0.0, gae_lambda=0.95, method="opd")
     reward = opd.token_table(config, rollout, torch.zeros(4, dtype=torch.bool))
     for at, *laws in opd.score_chunks(
         opd.Config(**plain), world, rollout, torch.arange(4), {}, lambda key: None
