@@ -149,6 +149,7 @@ NEEDS: list[tuple[dict[str, list], dict[str, list]]] = [  # fields with such val
     (dict(tail=["stop_gradient", "generalised"]), dict(divergence=["reverse_kl", "jsd"])),
     # and these would change nothing without
     (dict(student_share=ANY, off_policy=ANY), dict(states=["mixed"])),
+    (dict(aligned=[None]), dict(aligned_share=[1.0])),
     (dict(horizon_start=ANY), dict(schedule=["staircase", "linear", "adaptive"])),
     (dict(growth=ANY), dict(schedule=["staircase", "linear"])),
     (dict(horizon_kl=ANY), dict(schedule=["adaptive"])),
@@ -2499,8 +2500,7 @@ def step_metrics(
     rollout = Rollout(prompts.ids, prompts.mask, t["action"], mask, t["engine"], finished)
     kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # on a Mac: bytes
     peak = kilobytes * (1 if sys.platform == "darwin" else 1024)
-    gpu, tokens = world.student.device.type == "cuda", int(mask.sum())
-    whole = dict.fromkeys(WHOLE)
+    gpu, tokens, whole = world.student.device.type == "cuda", int(mask.sum()), dict.fromkeys(WHOLE)
     drawn = mask & t["engine"].isfinite()
     mine = drawn & luck(c, step)[1].to(drawn.device)[:, None]  # the student's own
     mine[:, : c.teacher_prefix] = False

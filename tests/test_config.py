@@ -123,6 +123,7 @@ BAD = [
     (["--schedule", "adaptive", "--method", "reinforce"], 'needs feedback = "teacher" or "law"'),
     (["--method", "topd+popd"], "popd sets ['schedule'], which is already set"),
     (["--student_share", "0.3"], 'student_share = 0.3: needs states = "mixed"'),
+    (["--aligned_share", "0.5"], "aligned = None: needs aligned_share = 1.0"),
     (["--off_policy", "data"], "off_policy = 'data': needs states = \"mixed\""),
     (["--horizon_start", "9"], 'needs schedule = "staircase" or "linear" or "adaptive"'),
     (["--schedule", "adaptive", "--growth", "0.5"], 'needs schedule = "staircase" or "linear"'),
