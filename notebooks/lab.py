@@ -527,7 +527,8 @@ def plot_comparison(summary: dict[str, dict[str, Any]], title: str) -> plt.Figur
             x, y = curves[..., column].mean(0) / unit, curves[..., 3]
             (line,) = axis.plot(x, y.mean(0), label=name, marker=marker, markersize=4)
             axis.fill_between(x, y.amin(0), y.amax(0), color=line.get_color(), alpha=0.15, lw=0)
-        axis.set(xlabel=label, xscale="log" if column else "linear")
+        low, high = axis.dataLim.intervalx
+        axis.set(xlabel=label, xscale="log" if column and high > 30 * low else "linear")
     axes[0].set(ylabel="validation accuracy")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", fontsize=7)
     figure.suptitle(title)
