@@ -538,14 +538,14 @@ def plot_comparison(summary: dict[str, dict[str, Any]], title: str) -> plt.Figur
 def cost_to(summary: dict[str, dict[str, Any]], accuracy: float) -> str:
     """A table: steps, costs at which validation first reaches an accuracy; mean over seeds.
 
-    A seed that never does counts as never for its variant; EffOPD's validations count as cost.
+    Where a seed never does, its variant has no mean; EffOPD's validations count as cost.
     """
     lines = [f"| to {accuracy:g} | steps | tokens sampled | seconds | GFLOP |", "|---" * 5 + "|"]
     for name, s in summary.items():
         first = [next((c for c in r["curve"] if c[3] >= accuracy), None) for r in s["runs"]]
         if None in first:
             reached = sum(f is not None for f in first)
-            lines.append(f"| {name} | never ({reached} of {len(first)} seeds do) | | | |")
+            lines.append(f"| {name} | not all: {reached} of {len(first)} seeds | | | |")
             continue
         step, (tokens, _), (s, _), flop = (interval([f[i] for f in first]) for i in (0, 1, 2, 4))
         cells = f"{step[0]:.1f} ± {step[1]:.1f} | {tokens:,.0f} | {s:.1f} | "

@@ -105,7 +105,7 @@ def test_cost_to_an_accuracy_reads_the_first_time_it_is_reached():
 
     table = lab.cost_to({"A": runs(0.1, 0.6, 0.5), "B": runs(0.1, 0.2, 0.3)}, 0.5)
     assert "| A | 1.0 ± 0.0 | 10 | 0.0 | 1.0 ± 0.0 |" in table
-    assert "| B | never (0 of 2 seeds do) | | | |" in table
+    assert "| B | not all: 0 of 2 seeds | | | |" in table
 
 
 def test_tree_is_exact():
