@@ -2958,15 +2958,15 @@ def draw_curve(rows: list[dict], result: dict[str, Any], path: Path) -> None:
         axis.set(title=title, xlabel="step", ylabel=unit)
     for who, style in dict(student_before="s-", student_after="o-", teacher="^--").items():
         if test := result[who]:
-            x, bar = len(rows) * (who != "student_before"), [test[k] for k in ("low", "high")]
-            axes[0].plot([x, x], bar, style, ms=4, label=f"test, {who.replace('_', ' ')}")
+            x, name = len(rows) * (who != "student_before"), f"test, {who.replace('_', ' ')}"
+            bar = itemgetter("low", "accuracy", "high")(test)
+            axes[0].plot([x] * 3, bar, style, ms=4, label=name)
     profiles = [row for row in rows if row["kl_at"]]
     some = profiles[:: max(1, math.ceil(len(profiles) / 5))]  # position: share of the longest
     for row, style in zip(some, ("o-", "s--", "^:", "D-.", "v-"), strict=False):
         where = [(n + 0.5) / len(row["kl_at"]) for n in range(len(row["kl_at"]))]
         last.plot(where, row["kl_at"], style, ms=3, label=f"step {row['step']}")
-    last.set(title="Where is the distance?", xlabel="position / longest", yscale="log")
-    last.set_ylabel("KL, nats a token")
+    last.set(title="Where is the KL?", xlabel="position / longest", ylabel="KL, nats", yscale="log")
     for axis in (*axes, last):
         axis.legend(fontsize=7) if axis.lines else axis.set_axis_off()
     figure.savefig(path, dpi=100)
