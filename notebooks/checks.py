@@ -1,10 +1,10 @@
 """The exercises' checker: `check("3.2", answer)` says in words what is right or wrong.
 
 An answer is run on random float64 inputs of several shapes, with masks of ragged lengths and with
-nan where masked, beside the right function: opd.py's, or an exact sum.  Where they differ, the
-right function is made wrong in known ways (`wrong_versions`: negated, swapped, shifted, unmasked,
-reduced otherwise, attached, ...), and the first that gives the same as the answer names the
-mistake.  One table serves all exercises; EXERCISES holds a line or two for each.
+nan where masked, beside the right function: opd.py's or lab's, or an exact sum.  Where they differ,
+the right function is made wrong in known ways (`wrong_versions`: negated, swapped, shifted,
+unmasked, reduced otherwise, attached, ...), and the first that gives the same as the answer names
+the mistake.  One table serves all exercises; EXERCISES holds a line or two for each.
 """
 
 import math
@@ -18,6 +18,7 @@ from typing import Any
 from unittest.mock import patch
 
 import broken
+import lab
 import torch
 from torch import Tensor
 
@@ -203,11 +204,11 @@ EXERCISES = {
     "0.2": Exercise("logp logq tokens", lambda p, q, a: by_token(q, a) - by_token(p, a)),
     "0.3": Exercise("logits tokens", lambda z, a: by_token(z[:, 3:-1], a),
                     bug=lambda z, a: by_token(z[:, 4:], a)),
-    "1.1": Exercise("seen", opd.positions_of, via=at_real_tokens),
+    "1.1": Exercise("seen", lab.positions_of, via=at_real_tokens),
     "1.2": Exercise("z w temperature", lambda z, w, t: opd.reverse_kl(
                         (z / t).log_softmax(-1), (w / t).log_softmax(-1)),
                     bug=lambda z, w, t: broken.student_temperature_only(z, w.log_softmax(-1), t)),
-    "1.3": Exercise("text eos_id", lambda y, eos: opd.through_eos(y, [eos]),
+    "1.3": Exercise("text eos_id", lambda y, eos: lab.through_eos(y, [eos]),
                     bug=broken.mask_by_padding),
     "2.1": Exercise("logp logq", kl_gradient, on="values"),
     "2.2": Exercise("logp logq", opd.reverse_kl,
@@ -232,22 +233,22 @@ EXERCISES = {
                         p, q, a, top_k=k, min_prob=least)[0], on="values"),
     "6.3": Exercise("logp_a logq_a", opd.log_ratio_reward, bug=broken.k3_as_reward),
     "7.1": Exercise("x mask", lambda x, m: opd.masked_mean(x, m, "sequence_mean"), empty=True),
-    "7.2": Exercise("logq logref scale", opd.tilted_teacher),
+    "7.2": Exercise("logq logref scale", lab.tilted_teacher),
     "7.3": Exercise("x mask pieces", lambda x, m, n: opd.masked_mean(x, m),
                     bug=lambda x, m, n: broken.mean_of_micro_batch_means(
                         [*zip(x.chunk(n), m.chunk(n), strict=True)])),
     "8.1": Exercise("step steps start end growth", staircase),
     "8.2": Exercise("x mask horizon", lambda x, m, n: opd.masked_mean(x, within(m, n)),
                     bug=lambda x, m, n: broken.wrong_count(x, within(m, n), m)),
-    "8.3": Exercise("x mask", opd.kl_by_position, on="values"),
+    "8.3": Exercise("x mask", lab.kl_by_position, on="values"),
     "9.1": Exercise("weight base k", lambda w, base, k: w + 2 * k * (w - base)),
     "9.2": Exercise("own scores", accepted),
-    "9.3": Exercise("s", lambda s: opd.spectrum(torch.diag(s))["effective_rank"]),
-    "10.1": Exercise("logp logq k", opd.overlap_ratio, on="values"),
-    "10.2": Exercise("values correct", opd.auroc),
+    "9.3": Exercise("s", lambda s: lab.spectrum(torch.diag(s))["effective_rank"]),
+    "10.1": Exercise("logp logq k", lambda p, q, k: opd.overlap(p, q, k).ratio, on="values"),
+    "10.2": Exercise("values correct", lab.auroc),
     "10.3": Exercise("two_texts student_eos teacher_eos",
-                     lambda y, *eos: opd.through_eos(y, [*eos]),
-                     bug=lambda y, _, eos: opd.through_eos(y, [eos])),
+                     lambda y, *eos: lab.through_eos(y, [*eos]),
+                     bug=lambda y, _, eos: lab.through_eos(y, [eos])),
     "11.1": Exercise("gradients", lambda g: g.mean(0).square().sum() / g.square().sum(1).mean()),
     "11.2": Exercise("lp lq", lambda p, q: -opd.kl_on_support(p, q, p <= 0, "renormalise") / 4,
                      bug=lambda p, q: -(q.exp() * (q - p)).mean(-1)),

@@ -15,7 +15,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "notebooks")]
+sys.path[:0] = [str(ROOT), str(ROOT / "notebooks"), str(ROOT / "tiny_configs/tasks")]
 import opd  # noqa: E402
 
 torch.set_num_threads(1)
@@ -64,7 +64,7 @@ def world():
 
 
 def tiny_llama(vocab=23, seed=0, **settings):
-    """A random Llama whose laws are far from uniform."""
+    """A random Llama whose distributions are far from uniform."""
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=vocab, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
@@ -111,7 +111,7 @@ def agree(one, other, within, but=()):
 
 
 def random_laws(vocab=6, rows=3, steps=4, seed=0):
-    """Log-probs (B, T, V) of two random laws, float64: student, teacher."""
+    """Log-probs (B, T, V) of two random distributions, float64: student, teacher."""
     g = torch.Generator().manual_seed(seed)
     draw = lambda: torch.randn(rows, steps, vocab, generator=g, dtype=torch.float64)  # noqa: E731
     return draw().log_softmax(-1), draw().log_softmax(-1)
@@ -131,7 +131,7 @@ def score_weighted(p, c):
 
 
 class Tree:
-    """Every text of two tokens, enumerated: float64 laws of student and teacher at each state.
+    """Every text of two tokens, enumerated: float64 log-probs of both at each state.
 
     State 0 is the prompt, state 1 + a follows the first token a.
     """
@@ -148,9 +148,9 @@ class Tree:
         self.logp_a, self.logq_a = self.read(self.logp), self.read(self.logq)
         self.reward, self.share = self.logq_a - self.logp_a, self.logp_a.sum(1).exp()  # p(text)
 
-    def read(self, law):
-        """A law (1 + V, V) at the states and tokens of every text: (V^2, 2)."""
-        return opd.of_tokens(law[self.states], self.tokens)
+    def read(self, table):
+        """A table (1 + V, V) at the states and tokens of every text: (V^2, 2)."""
+        return opd.of_tokens(table[self.states], self.tokens)
 
     def gradient(self, objective):
         """The gradient (1 + V, V) of objective(log-probs of the tokens, (V^2, 2)) in the logits."""

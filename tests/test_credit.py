@@ -1,65 +1,16 @@
-"""§5, §12: baselines, returns and generalised advantages, enumerated over every text of a tree.
+"""§6, §10: baselines, returns and generalised advantages, enumerated over every text of a tree.
 
-Numbers in brackets are the checks of the project's formula list: (7) other divergences' advantages,
-(9) baselines, (10) GAE, (11) the two-step problem.
+Numbers in brackets are the checks of the project's formula list: (9) baselines, (10) GAE,
+(11) the two-step problem.
 """
 
 import math
 
 import pytest
 import torch
-from conftest import Tree, logit_gradient, random_laws, score_weighted
+from conftest import Tree, logit_gradient, random_laws, score_weighted, tiny_llama
 
 import opd
-
-# (7) other divergences by their own advantage
-
-F_OF_U = {  # sum_v q f(p/q)
-    "reverse_kl": lambda u, beta: u * u.log(),
-    "forward_kl": lambda u, beta: -u.log(),
-    "jsd": lambda u, beta: (
-        (1 - beta) * u * (u / (beta + (1 - beta) * u)).log() - beta * (beta + (1 - beta) * u).log()
-    ),
-}
-DIVERGENCES = [("reverse_kl", 0.5), ("forward_kl", 0.5), *(("jsd", b) for b in (0.1, 0.5, 0.8))]
-
-
-def direct(divergence, beta, logp, logq):
-    """The divergence itself."""
-    if divergence == "jsd":
-        return opd.jsd(logp, logq, beta)
-    return {"reverse_kl": opd.reverse_kl, "forward_kl": opd.forward_kl}[divergence](logp, logq)
-
-
-@pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("divergence, beta", DIVERGENCES)
-def test_each_advantage_descends_its_own_divergence(divergence, beta, seed):
-    logp, logq = (law[0, 0] for law in random_laws(seed=seed))
-    advantage = opd.divergence_advantage(logp, logq, divergence, beta)
-    expected = logit_gradient(lambda x: direct(divergence, beta, x, logq), logp)
-    assert torch.allclose(score_weighted(logp.exp(), -advantage), expected, atol=1e-12)
-    assert expected.abs().max() > 1e-3
-
-
-@pytest.mark.parametrize("divergence, beta", DIVERGENCES)
-def test_f_over_u_in_place_of_its_slope_is_right_for_the_reverse_kl_only(divergence, beta):
-    logp, logq = (law[0, 0] for law in random_laws(seed=1))
-    u, f = (logp - logq).exp(), F_OF_U[divergence]
-    value = (logq.exp() * f(u, beta)).sum()
-    assert torch.allclose(value, direct(divergence, beta, logp, logq), atol=1e-12)
-    recipe = score_weighted(logp.exp(), f(u, beta) / u)
-    exact = score_weighted(logp.exp(), -opd.divergence_advantage(logp, logq, divergence, beta))
-    assert ((recipe - exact).abs().max() < 1e-12) == (divergence == "reverse_kl")
-    if divergence == "reverse_kl":  # and even there only when written as u log u
-        other = score_weighted(logp.exp(), (u * u.log() - u + 1) / u)
-        assert (other - exact).abs().max() > 0.01
-
-
-@pytest.mark.parametrize("divergence", ["reverse_kl", "forward_kl", "jsd"])
-def test_no_advantage_carries_a_gradient(divergence):
-    logp, logq = (law[..., 0].requires_grad_() for law in random_laws())
-    assert not opd.divergence_advantage(logp, logq, divergence, 0.3).requires_grad
-
 
 # (9) baselines
 
@@ -259,35 +210,74 @@ def test_at_lambda_one_any_critic_is_unbiased_and_below_one_a_wrong_critic_biase
     assert torch.allclose(right, plain, atol=1e-12)  # the true value of what is left does not
 
 
-# §12: what a training step makes of it
+# §10: what a training step makes of it
 
 
-def credit_of_training(tree, rows, monkeypatch, critic=None, cut=False, **fields):
-    """The advantages that opd.look_ahead notes for some texts of the tree, in the table."""
-    config = opd.Config.load(route="policy_gradient", batch_size=len(rows), **fields)
-    tokens, mask = tree.tokens[rows], tree.mask[rows]
-    nobody = torch.zeros(len(rows), 1, dtype=torch.long)
-    engine, finished = tree.logp_a[rows], torch.full((len(rows),), not cut)
-    rollout = opd.Rollout(nobody, nobody.bool(), tokens, mask, engine, finished)
+class Feedback:
+    """The state of a training step on some texts of a tree; no model is run."""
 
-    def laws(config, world, rollout, some, kept, lap, states=None):
-        row, column = mask[some].nonzero(as_tuple=True)
-        at = tree.states[rows][some][row, column]
-        yield (some[row], column), tree.logp[at], tree.logq[at], None
+    def __init__(self, tree, rows, monkeypatch, critic=None, cut=False, **fields):
+        self.tree, self.rows = tree, rows
+        fields = dict(route="policy_gradient") | fields
+        self.config = opd.Config.load(batch_size=len(rows), **fields)
+        tokens, mask = tree.tokens[rows], tree.mask[rows]
+        nobody = torch.zeros(len(rows), 1, dtype=torch.long)
+        drawn, finished = tree.logp_a[rows], torch.full((len(rows),), not cut)
+        self.rollout = opd.Rollout(nobody, nobody.bool(), tokens, mask, drawn, finished)
+        self.logq = tree.logq[tree.states[rows]].flatten(0, 1)  # (N, V), a teacher that answers [n]
+        vocab = dict(vocab_size=tree.logq.shape[-1], eos_ids=[])
+        self.world = opd.World(tiny_llama(vocab=3), None, None, None, vocab, critic=critic)
+        monkeypatch.setattr(opd, "CHUNK_LOGITS", 1)
+        monkeypatch.setattr(opd, "hidden_states", self.features)
 
-    def features(model, part, beyond):
-        eye = torch.eye(len(tree.z), dtype=torch.float64)
+    def features(self, model, part, beyond):
+        """One-hot of the state: 0, the one after the first token, and 0 again after the last."""
         first = 1 + part.tokens[:, 0]
-        return eye[torch.stack([first * 0, first, first * 0], 1)]  # (b, 3, states)
+        return torch.eye(len(self.tree.z))[torch.stack([first * 0, first, first * 0], 1)]
 
-    monkeypatch.setattr(opd, "score_chunks", laws)
-    monkeypatch.setattr(opd, "hidden_states", features)
-    world = opd.World(None, None, None, None, {}, None, None, critic)
-    monkeypatch.setattr(opd.World, "precision", lambda self: torch.no_grad())
-    table = opd.token_table(config, rollout, torch.zeros(len(rows)))
-    table = {k: v.double() if v.dtype == torch.float32 else v for k, v in table.items()}
-    opd.look_ahead(config, world, rollout, table, {}, 10**6, lambda key: None)
-    return table
+    def reward(self, right=None):
+        right = torch.zeros(len(self.rows), dtype=torch.bool) if right is None else right
+        return opd.judge(self.config, self.world, self.rollout, self.logq, right)
+
+    def advantage(self, step=10**6, right=None):
+        return opd.credit(self.config, self.world, self.rollout, self.reward(right), step)
+
+    def loss(self, logp, advantage):
+        """`token_loss` of every token, in chunks, for log-probs (1 + V, V) of the student."""
+        logp = logp[self.tree.states[self.rows]].flatten(0, 1)
+        each = (self.rollout.tokens, advantage, self.rollout.logprobs)
+        action, advantage, drawn = (table.flatten() for table in each)
+        parts = [
+            opd.token_loss(self.config, logp[n], self.logq[n], action[n], advantage[n], drawn[n], n)
+            for n in opd.chunks(len(action), logp.shape[-1])
+        ]
+        return torch.cat(parts).view(len(self.rows), -1)
+
+    def descends(self, advantage, chance):
+        """The expected gradient (1 + V, V) in the logits; chance (B,): of each row."""
+        z = self.tree.z.clone().requires_grad_()
+        (chance[:, None] * self.loss(z.log_softmax(-1), advantage)).sum().backward()
+        return z.grad
+
+
+def all_texts(tree):
+    return torch.arange(len(tree.tokens))
+
+
+def test_the_reward_is_that_of_the_samplers_own_log_probs(monkeypatch):
+    """Whatever chunk reads the teacher; the verifier's is 1 or 0 for all tokens of a row."""
+    tree = Tree()
+    mine = Feedback(tree, all_texts(tree), monkeypatch)
+    assert len(opd.chunks(18, 3)) == 2
+    assert torch.allclose(mine.reward(), tree.reward, atol=1e-12)
+    mine.rollout.logprobs = tree.logp_a - 0.25  # another engine's
+    assert torch.allclose(mine.reward(), tree.reward + 0.25, atol=1e-12)
+    right = torch.arange(9) % 2 == 0
+    judged = Feedback(tree, all_texts(tree), monkeypatch, feedback="verifier")
+    assert torch.equal(judged.reward(right), right[:, None].expand(9, 2).double())
+    assert torch.equal(judged.advantage(right=right), judged.reward(right))
+    direct = Feedback(tree, all_texts(tree), monkeypatch, route="direct")
+    assert not direct.reward().any() and not direct.advantage().any()
 
 
 @pytest.mark.parametrize("gamma", [0.0, 0.5, 1.0])
@@ -297,10 +287,19 @@ def test_a_baseline_does_not_change_what_training_descends(baseline, gamma, monk
     future's mean, and return-to-go would silently be immediate credit."""
     tree = Tree()
     plain = tree.expected(opd.discounted_return(tree.reward, tree.mask, gamma))
-    everything = torch.arange(len(tree.tokens))
-    fields = dict(gamma=gamma, baseline=baseline)
-    table = credit_of_training(tree, everything, monkeypatch, **fields)
-    assert torch.allclose(tree.expected(table["advantage"]), plain, atol=1e-12)
+    step = Feedback(tree, all_texts(tree), monkeypatch, gamma=gamma, baseline=baseline)
+    found = step.descends(step.advantage(), tree.share)
+    assert torch.allclose(found, plain, atol=1e-12) and plain.abs().max() > 0.01
+
+
+def test_the_kl_baseline_of_training_is_each_states_own(monkeypatch):
+    """Off the advantage, in the loss: at ratio 1 the loss is minus the advantage."""
+    tree = Tree()
+    step = Feedback(tree, all_texts(tree), monkeypatch, gamma=0.5, baseline="kl")
+    returns = opd.discounted_return(tree.reward, tree.mask, 0.5)
+    assert torch.allclose(step.advantage(), returns, atol=1e-12)
+    centred = returns + opd.reverse_kl(tree.logp, tree.logq)[tree.states]
+    assert torch.allclose(step.loss(tree.logp, returns), -centred, atol=1e-12)
 
 
 @pytest.mark.parametrize("gamma", [0.0, 1.0])
@@ -309,15 +308,11 @@ def test_leave_one_out_in_training_descends_what_no_baseline_does(gamma, monkeyp
     n = len(tree.tokens)
     rows = torch.cartesian_prod(torch.arange(n), torch.arange(n)).flatten()
     fields = dict(gamma=gamma, baseline="leave_one_out", samples_per_prompt=2)
-    advantage = credit_of_training(tree, rows, monkeypatch, **fields)["advantage"]
-    chance = tree.share[rows].view(-1, 2).prod(1).repeat_interleave(2)
-
-    def objective(x):
-        loss = opd.policy_gradient_loss(x[rows], advantage, tree.mask[rows])
-        return (chance[:, None] * loss).sum() / 2
-
+    step = Feedback(tree, rows, monkeypatch, **fields)
+    advantage = step.advantage()
+    chance = tree.share[rows].view(-1, 2).prod(1).repeat_interleave(2) / 2
     plain = tree.expected(opd.discounted_return(tree.reward, tree.mask, gamma))
-    assert torch.allclose(tree.gradient(objective), plain, atol=1e-12)
+    assert torch.allclose(step.descends(advantage, chance), plain, atol=1e-12)
     returns = opd.discounted_return(tree.reward, tree.mask, gamma)[rows]
     assert torch.allclose(advantage, opd.leave_one_out(returns, 2), atol=1e-12)
 
@@ -325,24 +320,28 @@ def test_leave_one_out_in_training_descends_what_no_baseline_does(gamma, monkeyp
 def test_in_training_the_critic_goes_on_after_a_cut_and_not_after_an_eos(monkeypatch):
     tree, critic = Tree(), torch.nn.Linear(4, 1)
     value = (critic.weight[0] + critic.bias).detach().double()
-    everything = torch.arange(len(tree.tokens))
     fields = dict(gamma=0.9, baseline="value", gae_lambda=0.7)
     for cut in (False, True):
-        table = credit_of_training(tree, everything, monkeypatch, critic, cut, **fields)
-        after = value[0].expand(len(everything)) * cut  # the state after the last token: see there
+        step = Feedback(tree, all_texts(tree), monkeypatch, critic, cut, **fields)
+        after = value[0].expand(9) * cut  # the state after the last token: see features
         args = tree.reward, value[tree.states], tree.mask, 0.9, 0.7, after
-        assert torch.allclose(table["advantage"], opd.gae(*args)[0], atol=1e-6)
+        assert torch.allclose(step.advantage(), opd.gae(*args)[0], atol=1e-6)
+        first = step.advantage(step=opd.VALUE_WARMUP - 1)  # as yet the critic only learns
+        assert torch.allclose(first, opd.discounted_return(tree.reward, tree.mask, 0.9))
     assert value[0].abs() > 1e-3
 
 
+@pytest.mark.parametrize("micro_batch", [None, 4])
 @pytest.mark.parametrize("gamma", [0.0, 0.5, 1.0])
-def test_a_critic_in_training_at_lambda_one_descends_what_no_baseline_does(gamma, monkeypatch):
+def test_a_critic_in_training_at_lambda_one_descends_what_no_baseline_does(
+    gamma, micro_batch, monkeypatch
+):
     tree, critic = Tree(), torch.nn.Linear(4, 1)  # one weight a state, random
-    fields = dict(gamma=gamma, baseline="value", gae_lambda=1.0)
-    everything = torch.arange(len(tree.tokens))
-    advantage = credit_of_training(tree, everything, monkeypatch, critic, **fields)["advantage"]
+    fields = dict(gamma=gamma, baseline="value", gae_lambda=1.0, micro_batch=micro_batch)
+    step = Feedback(tree, all_texts(tree), monkeypatch, critic, **fields)
+    advantage = step.advantage()
     plain = tree.expected(opd.discounted_return(tree.reward, tree.mask, gamma))
-    assert torch.allclose(tree.expected(advantage), plain, atol=1e-6)  # the critic is float32
+    assert torch.allclose(step.descends(advantage, tree.share), plain, atol=1e-6)  # float32 critic
     value = (critic.weight[0] + critic.bias).detach().double()[tree.states]
     expected = opd.gae(tree.reward, value, tree.mask, gamma, 1.0)
     assert torch.allclose(advantage, expected[0], atol=1e-6)

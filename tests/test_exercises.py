@@ -14,6 +14,7 @@ from contextlib import redirect_stdout
 from unittest.mock import patch
 
 import checks
+import lab
 import nbformat
 import pytest
 import torch
@@ -228,8 +229,8 @@ def test_every_mistake_is_tried_often_enough():
         ("7.3", lambda x, m, n: torch.where(m, x, 0.0).mean(), "padding included"),
         ("8.3", lambda x, m: (x * m).sum(0) / m.sum(0), "nan where masked"),
         ("9.3", lambda s: -torch.special.xlogy(s / s.sum(), s / s.sum()).sum(), "a logarithm"),
-        ("10.1", lambda p, q, k: k * opd.overlap_ratio(p, q, k), "a count, not a share"),
-        ("10.2", lambda v, right: opd.auroc(v, ~right), "1 minus"),
+        ("10.1", lambda p, q, k: k * opd.overlap(p, q, k).ratio, "a count, not a share"),
+        ("10.2", lambda v, right: lab.auroc(v, ~right), "1 minus"),
         ("1.1", lambda mask: mask.cumsum(-1), "off by one"),
         ("10.3", lambda y, one, other: y >= 0, "wrong values"),
         ("12.1", lambda p, e, c: (p - e).exp().clamp(max=c), "a gradient flows"),

@@ -1,7 +1,10 @@
-"""notebooks/lab.py: token heat maps, positions, comparisons that continue where they stopped."""
+"""lab: token heat maps, comparisons that continue where they stopped, the command line."""
 
 import json
 import math
+import os
+import subprocess
+import sys
 
 import lab
 import pytest
@@ -33,7 +36,7 @@ def test_compare_tunes_on_other_seeds_keeps_results_and_continues(run_dir, monke
             raise KeyboardInterrupt  # the comparison is cut off
         return real(fields, extra)
 
-    monkeypatch.setattr(lab, "run_one", counted)
+    monkeypatch.setattr(lab.experiments, "run_one", counted)
     with pytest.raises(KeyboardInterrupt):
         lab.compare(path, seeds=2, workers=1)
     assert len(json.loads(lab.results_file(path).read_text())) == 3
@@ -58,7 +61,9 @@ def test_a_changed_spec_runs_again(run_dir, monkeypatch):
     path = write(run_dir / "spec.json")
     fake = dict(accuracy=0.5, before=0.1, tokens=dict(sampled=1), curve=[[1, 1, 1.0, 0.5]])
     calls = []
-    monkeypatch.setattr(lab, "run_one", lambda f, extra: calls.append(f) or dict(fields=f, **fake))
+    monkeypatch.setattr(
+        lab.experiments, "run_one", lambda f, extra: calls.append(f) or dict(fields=f, **fake)
+    )
     lab.compare(path, seeds=1, workers=1)
     first = len(calls)
     write(path, base={**SPEC["base"], "steps": 3})
@@ -141,13 +146,6 @@ def test_show_tokens_escapes_and_colours_by_sign():
     assert lab.show_tokens(["a"] * 40, [1.0] * 40).data.count("<table") == 3
 
 
-def test_mean_by_position():
-    values = torch.tensor([[1.0, 2.0, torch.nan], [3.0, 5.0, torch.nan]])
-    mask = torch.tensor([[True, True, False], [True, False, False]])
-    found = lab.mean_by_position(values, mask)
-    assert found[:2].tolist() == [2.0, 2.0] and found[2].isnan()
-
-
 def test_committed_evidence_matches_its_specs():
     """Every committed result belongs to its spec, and the table can be made from them alone."""
     specs = [p for p in (ROOT / "tiny_configs/evidence").glob("*.json") if "results" not in p.name]
@@ -163,9 +161,208 @@ def test_committed_evidence_matches_its_specs():
         assert all(f in possible for f in found) and len(found) >= 5 * len(spec["variants"])
 
 
-def test_readme_tables_come_from_the_committed_results(monkeypatch):
-    readme = (ROOT / "README.md").read_text()
-    monkeypatch.setattr(lab, "run_one", None)  # nothing may be missing
+def test_complete_results_are_read_without_running_or_checking_their_fields(monkeypatch):
+    """Also those of the first edition, whose specs name fields that are gone."""
+    monkeypatch.setattr(lab.experiments, "run_one", None)  # nothing may be missing
+    monkeypatch.setattr(opd, "Config", None)
     specs = [p for p in (ROOT / "tiny_configs/evidence").glob("*.json") if "results" not in p.name]
     for path in specs:
-        assert lab.markdown_table(lab.compare(path, workers=1)) in readme, path.name
+        spec = lab.load_spec(path)
+        summary = lab.compare(path, workers=1)
+        assert summary.keys() == spec["variants"].keys(), path.name
+        assert all(f"| {name} |" in lab.markdown_table(summary) for name in summary)
+
+
+def test_what_is_missing_of_an_old_spec_is_refused_by_the_field_that_is_gone(run_dir):
+    path = write(run_dir / "spec.json", variants={"A": dict(prompt_pool=64, lr=[1e-3])})
+    with pytest.raises(opd.InputError, match="prompt_pool"):
+        lab.compare(path, seeds=1, workers=1)
+
+
+# rules, workers
+
+
+def test_a_rule_is_a_method_of_a_comparison_and_workers_are_processes_of_their_own(run_dir):
+    small = dict(SPEC["base"], steps=1, eval_every=1, eval_prompts=4)
+    variants = {"OPD": dict(method="opd"), "AOPD": dict(method="aopd")}
+    path = write(run_dir / "spec.json", base=small, variants=variants, lr=[1e-3])
+    apart = lab.compare(path, seeds=1, workers=2)
+    lab.results_file(path).unlink()
+    here = lab.compare(path, seeds=1, workers=1)
+    for name, summary in here.items():
+        (one,), (two,) = summary["runs"], apart[name]["runs"]
+        assert one["fields"] == two["fields"] and one["accuracy"] == two["accuracy"]
+        assert one["metrics"] == two["metrics"] and one["metrics"]["kl"] > 0
+    kl = {name: summary["metrics"]["GFLOP"] for name, summary in here.items()}
+    assert kl["AOPD"] >= kl["OPD"]  # it reads the teacher's whole distribution
+
+
+@pytest.mark.parametrize("name", sorted(lab.RULES))
+def test_the_config_and_hooks_of_a_rule(name):
+    config, hooks = lab.config_of(dict(method=name, steps=3, seed=7))
+    own, same = lab.RULES[name]()
+    assert hooks.keys() == same.keys() and config.steps == 3 and config.seed == 7
+    assert all(getattr(config, field) == value for field, value in own.items())
+    assert lab.config_of(dict(method="opd", steps=3)) == (opd.Config(method="opd", steps=3), {})
+
+
+@pytest.mark.parametrize("extra", ["noise", "diagnosis", "check", "entropy"])
+def test_what_a_run_measures_besides(extra, monkeypatch):
+    monkeypatch.setattr(opd, "VALIDATION_PROMPTS", 16)
+    monkeypatch.setattr(lab.reports, "CHECK_PROMPTS", 16)
+    fields = dict(SPEC["base"], method="iw_opd", steps=3, eval_every=3)
+    metrics = lab.run_one(fields, extra)["metrics"]
+    if extra == "noise":
+        config, hooks = lab.config_of(fields)
+        signal, spread = lab.gradient_noise(config, 8, **hooks)
+        assert metrics["noise"] == pytest.approx(spread / signal, abs=1e-3)
+    if extra == "diagnosis":
+        keys = {f"{key}, {w}" for key in lab.experiments.DIAGNOSIS for w in ("first", "last")}
+        assert metrics.keys() == keys
+        assert metrics["overlap, first"] == metrics["overlap, last"]  # three steps: the same five
+    if extra == "check":
+        assert metrics.keys() == {*lab.experiments.CHECKED}
+    if extra == "entropy":
+        assert 0 < metrics["entropy, ordinary prompts"] < math.log(19)
+
+
+def test_means_are_over_the_last_five_steps_all_diagnosed_where_something_is_measured(monkeypatch):
+    monkeypatch.setattr(opd, "VALIDATION_PROMPTS", 16)
+    monkeypatch.setattr(lab.experiments, "gradient_noise", lambda *args, **hooks: (1.0, 1.0))
+    seen, real = [], lab.experiments.rows_of
+    monkeypatch.setattr(lab.experiments, "rows_of", lambda run: seen.append(real(run)) or seen[-1])
+    fields = dict(SPEC["base"], steps=6, eval_every=3, batch_size=2)
+    plain = lab.run_one(fields)["metrics"]
+    kl = [row["kl"] for row in seen[0]]
+    assert [value is not None for value in kl] == [False, False, True] * 2
+    assert plain["kl"] == pytest.approx((kl[2] + kl[5]) / 2, abs=1e-5)
+    found = lab.run_one(fields, "noise")["metrics"]
+    kl = [row["kl"] for row in seen[1]]
+    assert found["kl"] == pytest.approx(sum(kl[1:]) / 5, abs=1e-5)
+
+
+# models that a comparison needs
+
+
+def test_build_makes_what_a_model_starts_from_and_saves_in_half_precision(run_dir, monkeypatch):
+    from safetensors.torch import load_file
+
+    begun, real = [], opd.train
+    few = dict(steps=1, batch_size=4, eval_prompts=4, eval_every=0)
+
+    def short(config, **hooks):
+        begun.append((config.name, sorted(hooks)))
+        return real(config.model_copy(update=few), **hooks)
+
+    monkeypatch.setattr(opd, "train", short)
+    lab.build("runs/build-student_novice/model")
+    lab.build("runs/build-student_novice/model")  # it is there
+    lab.build("tiny_configs/models/teacher")  # shipped
+    assert begun == [("build-student_strong", []), ("build-student_novice", [])]
+    lab.build("runs/build-synonym_teacher/model")
+    assert begun[2] == ("build-synonym_teacher", ["judge", "loss"])
+    for name, _ in begun:
+        weights = load_file(f"runs/{name}/model/model.safetensors")
+        assert all(w.dtype == torch.float16 for w in weights.values())
+        assert opd.load_model(f"runs/{name}/model").dtype == torch.float32
+
+
+# the command line
+
+
+def command(*words, folder):
+    """python notebooks/lab WORDS, from another folder, with nothing on the path."""
+    free = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    line = [sys.executable, str(ROOT / "notebooks/lab"), *map(str, words)]
+    return subprocess.run(line, cwd=folder, env=free, capture_output=True, text=True)
+
+
+@pytest.fixture
+def main(monkeypatch):
+    """The command line in this process."""
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    import lab.__main__
+
+    return lab.__main__.main
+
+
+def test_check_on_the_command_line(capsys, monkeypatch, tmp_path, main):
+    monkeypatch.setattr(lab.reports, "CHECK_PROMPTS", 16)
+    file = tmp_path / "pair.json"
+    file.write_text(json.dumps(dict(top_k=4)))
+    assert main(["check", str(file), "--batch_size", "8"]) == 0
+    out = capsys.readouterr().out
+    numbers, _, said = out.partition("\n}\n")
+    assert said.startswith("\ngo\n") and "wanted at least 0.3" in said and '"gain"' in numbers
+    assert json.loads(numbers + "}")["horizon"] == 53
+    assert main(["check", str(file), "--teacher", "none", "--method", "sft"]) == 2
+    said = "lab: teacher = None: check needs one, here and not on a server\n"
+    assert capsys.readouterr().err == said
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [(["check", "--stepz", "3"], "--stepz: unknown argument; did you mean --steps?"),
+     (["check", "--steps", "x"], "steps = 'x'"),
+     (["train", "--method", "magic"], "method = 'magic': must be one of opd_plus"),
+     (["train"], "--method"), (["report", "none"], "run = 'none': must be a finished run"),
+     (["compare", "none.json"], "spec = 'none.json'"), (["fly"], "fly"), ([], "COMMAND"),
+     (["train", "--method", "aopd", "--resume", "x", "--steps", "3"], "resume = 'x'")],
+)  # fmt: skip
+def test_bad_input_is_one_line_and_code_2(words, message, capsys, run_dir, main):
+    assert main(words) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("lab: ") and said.count("\n") == 1 and message in said
+    assert not [*run_dir.iterdir()]
+
+
+def test_train_and_report_on_the_command_line(run_dir, capsys, main):
+    fields = [str(x) for k, v in SPEC["base"].items() for x in (f"--{k}", v)]
+    assert main(["train", "--method", "aopd", "--name", "mine", *fields]) == 0
+    said = capsys.readouterr().out
+    assert "student after" in said and "model runs/mine/model" in said
+    told = json.loads((run_dir / "runs/mine/config.json").read_text())
+    assert told["hooks"].keys() == {"loss"} and told["steps"] == 2
+    assert main(["report", "runs/mine"]) == 0
+    assert capsys.readouterr().out == "runs/mine/report.md\n"
+    assert "loss by lab.rules.aopd" in (run_dir / "runs/mine/report.md").read_text()
+
+
+def test_compare_from_another_folder_with_workers(run_dir):
+    base = dict(SPEC["base"], steps=1, eval_prompts=4)
+    variants = {"A": dict(method="opd"), "B": dict(method="eopd")}
+    write(run_dir / "spec.json", base=base, variants=variants, lr=[1e-3])
+    done = command("compare", "spec.json", "--seeds", 1, "--workers", 2, folder=run_dir)
+    assert done.returncode == 0, done.stderr
+    assert "a small comparison" in done.stdout and "| B | 0.001 |" in done.stdout
+    assert (run_dir / "spec.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_a_run_of_a_rule_goes_on_by_the_same_rule(run_dir, capsys, monkeypatch, main):
+    base = dict(SPEC["base"], eval_every=0, steps=3, name="mine", checkpoint_every=1)
+    words = ["train", "--method", "aopd"] + [str(x) for k, v in base.items() for x in (f"--{k}", v)]
+    step, real = [], opd.train_step
+
+    def stop(*args, **hooks):
+        step.append(args)
+        if len(step) == 2:
+            raise KeyboardInterrupt
+        return real(*args, **hooks)
+
+    monkeypatch.setattr(opd, "train_step", stop)
+    assert main(words) == 130
+    assert main(["train", "--method", "aopd", "--resume", "runs/mine"]) == 0
+    rows = [json.loads(line) for line in open("runs/mine/metrics.jsonl")]
+    assert [row["step"] for row in rows] == [1, 2, 3]
+
+
+def test_the_package_stays_small():
+    files = [*(ROOT / "notebooks/lab").glob("*.py")]
+    lines = {file.name: len(file.read_text().splitlines()) for file in files}
+    assert max(lines.values()) <= 250 and sum(lines.values()) <= 2000, lines
+    assert not {file.stem for file in files} & {*dir(lab)} - {*lab_modules()}
+
+
+def lab_modules():
+    """The names of lab that are its modules: none hides a function."""
+    return {name for name, value in vars(lab).items() if type(value) is type(lab)}

@@ -40,14 +40,15 @@ def test_estimate_is_within_15_percent_of_a_measured_peak():
 def test_shipped_configs_load_and_fit_their_card(path):
     config, (card, *_) = opd.Config.load(path), memory.CARDS[path.stem]
     assert config.student in memory.PUBLISHED
-    assert (config.teacher in memory.PUBLISHED) == (config.teacher_url is None)
+    assert (config.teacher in memory.PUBLISHED) == (not config.remote)
     assert f"{card}gb" in path.stem or path.stem == "remote_teacher"
     parts, minutes = memory.estimated(path)
     assert parts["peak"] < 0.8 * card * 1e9  # room for CUDA itself and for holes
     assert 1 < minutes < 24 * 60
     count = PARAMETERS[config.student]
     assert parts["student"] == 4 * count and parts["moments"] == 8 * count
-    if config.teacher:
+    assert (parts["teacher"] == 0) == config.remote
+    if not config.remote:
         assert parts["teacher"] == 2 * PARAMETERS[config.teacher.removesuffix("-Instruct")]
 
 
@@ -65,5 +66,5 @@ def test_estimate_knows_what_saves_memory():
     assert estimate(micro_batch=8)["layers"] == 2 * now["layers"]
     assert estimate(batch_size=64)["cache"] == 2 * now["cache"]
     assert estimate(teacher=None)["teacher"] == 0 and estimate(half="fp16")["casts"] == 0
-    assert estimate(eval_every=10)["diagnostics"] == now["student"]
+    assert estimate(eval_every=10, diagnose_every=1) == now  # a look needs no second model
     assert estimate(half="none")["teacher"] == 2 * now["teacher"]

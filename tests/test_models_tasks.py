@@ -4,6 +4,7 @@ import json
 import runpy
 import shutil
 
+import lab
 import pytest
 import torch
 from conftest import ROOT, random_prompts, tiny_llama
@@ -11,13 +12,18 @@ from conftest import ROOT, random_prompts, tiny_llama
 import opd
 
 TASKS = ROOT / "tiny_configs" / "tasks"
-CHAIN, SYNONYMS = (runpy.run_path(str(TASKS / f"{name}.py")) for name in ("chain", "synonyms"))
+NAMES = ("chain", "synonyms", "jsonl")
+CHAIN, SYNONYMS, JSONL = (runpy.run_path(str(TASKS / f"{name}.py")) for name in NAMES)
 
 MODELS = ROOT / "tiny_configs" / "models"
 
 
-def law_of(world):
-    return dict(eos_ids=world.law["eos_ids"], vocab_size=world.law["vocab_size"])
+def demonstrated(task, prompts, horizon):
+    """The task's demonstrations as text, cut at the horizon; nobody drew it."""
+    tokens, mask = task.demonstrations(prompts)
+    finished, nobody = ~mask[:, horizon:].any(1), torch.full(mask.shape, torch.nan)
+    per_token = (x[:, :horizon] for x in (tokens, mask, nobody))
+    return opd.Rollout(prompts.ids, prompts.mask, *per_token, finished)
 
 
 # models and tokenizers
@@ -168,10 +174,10 @@ def test_gaps_are_the_same_facts_everywhere_and_their_results_are_random(world):
 def test_demonstrations_verify(style, right, world):
     task = opd.load_task(f"chain/{style}", world.tokenizer)
     prompts = task.prompts(300)
-    rollout = opd.demonstrated(task, prompts, task.max_tokens)
+    rollout = demonstrated(task, prompts, task.max_tokens)
     assert abs(task.verify(prompts, rollout).float().mean() - right) < 0.07
     assert rollout.finished.all() and (rollout.mask.sum(1) <= task.max_tokens).all()
-    cut = opd.demonstrated(task, prompts, 3)
+    cut = demonstrated(task, prompts, 3)
     assert cut.tokens.shape[1] == 3 and not cut.finished.any()
 
 
@@ -214,27 +220,45 @@ def test_synonym_laws_are_laws_with_the_stated_numbers(synonyms):
 def test_synonym_demonstrations_follow_the_law_and_verify_as_often_as_it_says(synonyms):
     task = synonyms["teacher"]
     prompts = task.prompts(2000)
-    rollout = opd.demonstrated(task, prompts, task.max_tokens)
+    rollout = demonstrated(task, prompts, task.max_tokens)
     expected = (0.99 * (0.96 + 3 * 0.0025) + 3e-5) ** 6 * 0.999**7
     assert task.verify(prompts, rollout).float().mean() == pytest.approx(expected, abs=0.04)
-    law = task.law(rollout)
+    law = SYNONYMS["exact"](rollout, "teacher")
     assert law.exp().sum(-1).sub(1).abs().max() < 1e-4
     surprise = -opd.of_tokens(law, rollout.tokens)[rollout.mask].mean()
     assert surprise.item() == pytest.approx(opd.entropy(law)[rollout.mask].mean().item(), abs=0.05)
-    own = opd.demonstrated(synonyms["student"], prompts, task.max_tokens)
+    own = demonstrated(synonyms["student"], prompts, task.max_tokens)
     assert task.verify(prompts, own).float().mean() < 0.01
 
 
 def test_shipped_synonym_student_is_within_a_factor_two_of_the_intended_probability(synonyms):
     student = opd.load_model(str(MODELS / "synonym_student"))
     prompts = synonyms["student"].prompts(128, "test")
-    rollout = opd.demonstrated(synonyms["student"], prompts, 13)
+    rollout = demonstrated(synonyms["student"], prompts, 13)
     with torch.no_grad():
         words = opd.score(student, rollout)[:, 1:12:2]
-    preferred = synonyms["teacher"].law(rollout)[:, 1:12:2].topk(3).indices
+    preferred = SYNONYMS["exact"](rollout, "teacher")[:, 1:12:2].topk(3).indices
     p = words.gather(-1, preferred).exp()
     assert 0.5e-3 < p.log().mean().exp() < 2e-3
     assert ((p > 0.5e-3) & (p < 2e-3)).float().mean() > 0.95
+
+
+@pytest.mark.parametrize("style", ["teacher", "student"])
+def test_soft_labels_are_the_forward_kl_to_the_exact_law(style, synonyms, run_dir):
+    file = ROOT / "tiny_configs/build" / f"synonym_{style}.json"
+    soft = runpy.run_path(str(file.with_name("soft_labels.py")))["soft_labels"]
+    small = dict(steps=2, batch_size=8, eval_prompts=4, warmup=0, decay=0.0, name=None)
+    config = opd.Config.load(file, **small)
+    world, task = opd.load_world(config), synonyms[style]
+    prompts = opd.step_prompts(config, world, 0)
+    text = demonstrated(task, prompts, task.max_tokens)
+    with torch.no_grad():
+        labels, logp = SYNONYMS["exact"](text, style), opd.score(world.student, text)
+    expected = (labels.exp() * (labels - logp)).sum(-1)[text.mask].mean().item()
+    run = opd.train(config, **soft(config.task))
+    rows = lab.read_rows(run.dir / "metrics.jsonl", 2)
+    assert rows[0]["loss"] == pytest.approx(expected, rel=1e-4)
+    assert rows[1]["loss"] < rows[0]["loss"]
 
 
 # shipped chain models: the promises of the README
@@ -283,12 +307,13 @@ def test_shipped_models_are_small():
 @pytest.mark.slow
 def test_the_quickest_build_reproduces_the_shipped_model(run_dir):
     """The novice, from a folder without weights: about two minutes."""
-    for name in ("student_strong", "student_novice"):
-        run = opd.train(opd.Config.load(ROOT / "tiny_configs" / "build" / f"{name}.json"))
-    built, shipped = (opd.load_model(str(f)) for f in (run.dir / "model", MODELS / name))
+    folder = run_dir / "runs/build-student_novice"
+    lab.build("runs/build-student_novice/model")
+    built, shipped = (opd.load_model(str(f)) for f in (folder / "model", MODELS / "student_novice"))
     for a, b in zip(shipped.parameters(), built.parameters(), strict=True):
         assert (a - b).abs().max() < 2e-2
-    assert 0.25 < run.result["student_after"]["accuracy"] < 0.4
+    result = json.loads((folder / "result.json").read_text())
+    assert 0.25 < result["student_after"]["accuracy"] < 0.4
 
 
 # JSONL
@@ -362,4 +387,4 @@ def test_jsonl_responses_are_demonstrations(tmp_path):
      ("9" * 400, int("9" * 400)), (r"\boxed{$1,250$}", 1250), ("5 km", 5)],
 )  # fmt: skip
 def test_last_number(text, number):
-    assert opd.last_number(text) == number
+    assert JSONL["last_number"](text) == number

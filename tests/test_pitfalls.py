@@ -4,6 +4,7 @@ import inspect
 import math
 
 import broken
+import lab
 import pytest
 import torch
 from conftest import logit_gradient, random_laws
@@ -173,7 +174,7 @@ def test_late_scores_are_far_from_themselves():
 
 def test_masks_that_lose_the_eos():
     tokens = torch.tensor([[7, 8, 2, 2], [7, 2, 2, 2], [7, 8, 9, 7]])
-    right = opd.through_eos(tokens, [2])
+    right = lab.through_eos(tokens, [2])
     kept = lambda mask: int((mask & (tokens == 2)).sum())  # noqa: E731
     assert kept(right) == 2 and right.sum() == 9
     for wrong in (broken.mask_by_padding(tokens, 2), broken.mask_before_eos(tokens, 2)):

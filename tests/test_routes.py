@@ -1,4 +1,4 @@
-"""§4, §5: the two routes.  Exact identities in float64; the vocabulary is enumerated, not sampled.
+"""§5, §6: the two routes.  Exact identities in float64; the vocabulary is enumerated, not sampled.
 
 Numbers in brackets are the checks of the project's formula list: (1) logit gradients, (2) the two
 routes agree, (4) k1, k2, k3, (5) the missing detach, (6) JSD, (23) Monte Carlo.
@@ -104,12 +104,71 @@ def test_jsd_ends_are_the_two_kls_only_after_rescaling():
     assert max(near_forward, near_reverse) < 1e-4  # the loss itself vanishes at both ends
 
 
-@pytest.mark.parametrize(
-    "beta, use", [(0.0, "forward_kl"), (-1.0, "forward_kl"), (1.0, "reverse_kl")]
-)
-def test_jsd_refuses_its_ends_and_names_the_kl(beta, use):
-    with pytest.raises(ValueError, match=use):
+@pytest.mark.parametrize("beta", [0.0, -1.0, 1.0])
+def test_jsd_refuses_its_ends_and_names_the_kl(beta):
+    with pytest.raises(ValueError, match=r"must be in \(0, 1\).*use a KL"):
         opd.jsd(P.log(), Q.log(), beta)
+
+
+# exact zeros
+
+INF = torch.inf
+ZEROS = {  # log-probs of the student, of the teacher; reverse KL, forward KL, JSD at .5
+    "one-hot, the same": ([0.0, -INF, -INF], [0.0, -INF, -INF], 0.0, 0.0, 0.0),
+    "one-hot, apart": ([0.0, -INF, -INF], [-INF, 0.0, -INF], INF, INF, math.log(2)),
+    "student has zeros": (
+        [0.0, -INF, -INF], [math.log(0.5), math.log(0.25), math.log(0.25)], math.log(2), INF,
+        math.log(4 / 3) / 2 + (math.log(2 / 3) + math.log(2)) / 4,
+    ),
+    "teacher has zeros": (
+        [math.log(0.5), math.log(0.25), math.log(0.25)], [0.0, -INF, -INF], INF, math.log(2),
+        math.log(4 / 3) / 2 + (math.log(2 / 3) + math.log(2)) / 4,
+    ),
+    "the same zero": (
+        [math.log(0.75), math.log(0.25), -INF], [math.log(0.5), math.log(0.5), -INF],
+        0.75 * math.log(1.5) - 0.25 * math.log(2), math.log(2) - math.log(3) / 2,
+        0.375 * math.log(1.2) - 0.125 * math.log(1.5) + 0.25 * math.log(0.8)
+        + 0.25 * math.log(4 / 3),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", ZEROS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_exact_zeros_have_their_value_and_no_nan(case, dtype):
+    """Fault 11 of the first edition: 0 * inf gave nan where the divergence is finite."""
+    logp, logq = (torch.tensor(x, dtype=dtype) for x in ZEROS[case][:2])
+    losses = (opd.reverse_kl, opd.forward_kl, lambda p, q: opd.jsd(p, q, 0.5))
+    for loss, value in zip(losses, ZEROS[case][2:], strict=True):
+        assert loss(logp, logq).item() == pytest.approx(value, abs=1e-6)
+        if math.isfinite(value):
+            gradient = logit_gradient(lambda x, f=loss: f(x, logq), logp)
+            assert torch.isfinite(gradient).all() and abs(gradient.sum()) < 1e-6
+    direct = logp.clone().requires_grad_()  # in the log-probs themselves, too
+    opd.entropy(direct).backward()
+    some = logp[logp.isfinite()]
+    value = -(some.exp() * some).sum().item()
+    assert opd.entropy(logp).item() == pytest.approx(value, abs=1e-6)
+    assert torch.isfinite(direct.grad).all()
+
+
+def test_gradients_at_exact_zeros_are_those_of_the_tokens_that_are_left():
+    """Fault 11: a token of probability 0 on both sides is as good as not there."""
+    logp, logq = (law[0, 0] for law in random_laws())
+    wide = [torch.cat([x, torch.tensor([-INF], dtype=x.dtype)]) for x in (logp, logq)]
+    losses = (opd.reverse_kl, opd.forward_kl, lambda p, q: opd.jsd(p, q, 0.3))
+    for loss in (*losses, lambda p, q: opd.entropy(p)):
+        assert torch.allclose(loss(*wide), loss(logp, logq), atol=1e-12)
+        found = logit_gradient(lambda x, f=loss: f(x, wide[1]), wide[0])
+        expected = logit_gradient(lambda x, f=loss: f(x, logq), logp)
+        assert torch.allclose(found[:-1], expected, atol=1e-12) and found[-1] == 0
+    gone = wide[1].clone()  # the student has left a token that the teacher wants
+    gone[-1] = gone[0]
+    gone = gone.log_softmax(-1)
+    assert opd.forward_kl(wide[0], gone) == INF and torch.isfinite(opd.reverse_kl(wide[0], gone))
+    found = logit_gradient(lambda x: opd.reverse_kl(x, gone), wide[0])
+    expected = score_weighted(logp.exp(), logp - gone[:-1])
+    assert torch.allclose(found[:-1], expected, atol=1e-12) and found[-1] == 0
 
 
 # (2) route B equals route A in expectation
@@ -151,6 +210,16 @@ def test_clip_stops_the_gradient_only_where_it_would_go_further():
     advantage, mask = torch.tensor([[1.0, -1.0, 1.0, -1.0]]), torch.ones(1, 4, dtype=torch.bool)
     opd.policy_gradient_loss(logp_a, advantage, mask, torch.zeros(1, 4), clip=0.2).sum().backward()
     assert (logp_a.grad != 0).tolist() == [[False, True, True, False]]
+
+
+def test_the_clip_is_one_sided():
+    """Fault 12 of the first edition's text: it does not bound the loss of A < 0, ratio 5."""
+    logp_a, mask = torch.tensor([[5.0]]).log(), torch.ones(1, 1, dtype=torch.bool)
+    for advantage, loss in ((-1.0, 5.0), (1.0, -1.2)):
+        found = opd.policy_gradient_loss(
+            logp_a, torch.full((1, 1), advantage), mask, torch.zeros(1, 1), clip=0.2
+        )
+        assert found.item() == pytest.approx(loss)
 
 
 def test_clip_without_behaviour_and_broadcasting_shapes_raise():
@@ -255,7 +324,7 @@ def test_without_detach_the_optimum_is_the_root_of_the_teacher():
         return total
 
     assert undetached(root.log()).abs().max() < 1e-12
-    assert undetached(Q.log()).abs().max() > 0.01  # it leaves the teacher's own law
+    assert undetached(Q.log()).abs().max() > 0.01  # it leaves the teacher's own distribution
 
 
 # (23) sampling agrees with enumeration

@@ -1,4 +1,4 @@
-"""§6: CR-OPD, where the mass taken from a token goes.  All tokens are enumerated.
+"""§7: CR-OPD, where the mass taken from a token goes.  All tokens are enumerated.
 
 (12) is the check of the project's formula list.
 """
@@ -16,7 +16,7 @@ EYE = torch.eye(6, dtype=torch.float64)
 
 
 def one_state(seed):
-    """Log-probs (6,) of two random laws."""
+    """Log-probs (6,) of two random distributions."""
     return tuple(law[0, 0] for law in random_laws(seed=seed))
 
 
@@ -72,14 +72,14 @@ def test_the_candidates_do_not_depend_on_the_suppressed_token():
     assert len(targets) > 1 and all(torch.equal(targets[0], r) for r in targets)
 
 
-def test_the_routing_target_is_detached_and_shaped_like_the_law():
+def test_the_routing_target_is_detached_and_shaped_like_the_log_probs():
     logp, logq = (law.requires_grad_() for law in random_laws())
     action = logp.argmax(-1)
     r, is_open = opd.routing_target(logp, logq, action, **WIDE)
     assert r.shape == logp.shape and is_open.shape == action.shape
     assert not r.requires_grad and is_open.dtype == torch.bool
     opd.cr_opd_loss(logp, logq, action, **WIDE).sum().backward()
-    assert logq.grad is None  # the teacher's law never gets a gradient
+    assert logq.grad is None  # the teacher never gets a gradient
 
 
 def test_an_unknown_target_raises_and_names_the_known_ones():
@@ -177,6 +177,36 @@ def test_the_expected_update_is_the_reverse_kls_plus_a_cross_entropy(seed, targe
     descent = -logit_gradient(lambda x: opd.reverse_kl(x, logq), logp)
     assert torch.allclose(update, descent + negative * (r - p), atol=1e-12)
     assert (update - descent).abs().max() > 0.01  # not an unbiased reverse KL
+
+
+@pytest.mark.parametrize("rho", [0.5, 1.0])
+@pytest.mark.parametrize("seed", range(3))
+def test_the_added_term_is_minus_rho_times_the_cross_entropy_under_its_assumptions(seed, rho):
+    """Fault 10 of the first edition: its docstring had -m sum r log p, for every rho."""
+    said = " ".join(opd.cr_opd_loss.__doc__.split())
+    assert "adds in expectation -rho m sum_v r log p, a cross-entropy" in said
+    logp, logq = one_state(seed)
+    p, ell = logp.exp(), logp - logq
+    reach = dict(top_k=6, min_prob=0.0)
+    r, is_open = target_of(logp, logq, suppressed(logp, logq)[0], **reach)
+    m = (p * ell.clamp(min=0)).sum()
+    term = logit_gradient(lambda x: -rho * m * (r * x).sum(), logp)
+    plain = logit_gradient(lambda x: opd.reverse_kl(x, logq), logp)
+
+    def added(**how):
+        return (
+            sum(p[a] * gradient(logp, logq, a, rho=rho, **reach, **how) for a in range(6)) - plain
+        )
+
+    assert is_open and term.abs().max() > 0.01
+    assert torch.allclose(added(), term, atol=1e-12)
+    # the assumptions: delta = 0 (at this one nothing is routed), the bare log-ratio
+    weak = ell.max().item() + 1e-9
+    assert not torch.allclose(added(delta=weak), term, atol=1e-3)
+    other = sum(
+        p[a] * gradient(logp, logq, a, rho=rho, advantage=-ell[a] + 0.5, **reach) for a in range(6)
+    )
+    assert not torch.allclose(other - plain, term, atol=1e-3)
 
 
 def test_golden_first_order_change_of_three_tokens():

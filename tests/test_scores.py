@@ -1,4 +1,6 @@
-"""§3 and §7: alignment, padding, masks, aggregation.  Numbers in brackets: the formula list."""
+"""§4 and §8: alignment, padding, masks, chunks, aggregation.  (20) to (22): the formula list."""
+
+from collections import Counter
 
 import pytest
 import torch
@@ -27,16 +29,16 @@ def test_the_score_of_a_token_reads_the_logits_before_it():
     model, prompts = tiny_llama(), random_prompts([5])
     rollout = opd.sample(model, prompts, horizon=6, eos_ids=[])
     with torch.no_grad():
-        law = opd.score(model, rollout)
+        logp = opd.score(model, rollout)
         ids = torch.cat([prompts.ids, rollout.tokens], dim=1)
         reference = model(ids).logits.log_softmax(-1)
-    assert (law[0] - reference[0, 4:10]).abs().max() < 1e-5
+    assert (logp[0] - reference[0, 4:10]).abs().max() < 1e-5
     changed = opd.Rollout(*(v.clone() for v in vars(rollout).values()))
     changed.tokens[0, 3] = (changed.tokens[0, 3] + 1) % 23
     with torch.no_grad():
         other = opd.score(model, changed)
-    assert (other[0, :4] - law[0, :4]).abs().max() < 1e-6  # the past does not see token 3
-    assert (other[0, 4] - law[0, 4]).abs().max() > 1e-3
+    assert (other[0, :4] - logp[0, :4]).abs().max() < 1e-6  # the past does not see token 3
+    assert (other[0, 4] - logp[0, 4]).abs().max() > 1e-3
 
 
 def test_tokens_after_eos_change_nothing():
@@ -68,8 +70,8 @@ def test_scores_are_fp32_from_a_half_precision_model():
     model = tiny_llama().to(torch.bfloat16)
     rollout = opd.sample(model, random_prompts([5]), horizon=4, eos_ids=[])
     with torch.no_grad():
-        law = opd.score(model, rollout)
-    assert law.dtype == torch.float32 and law.exp().sum(-1).sub(1).abs().max() < 1e-5
+        logp = opd.score(model, rollout)
+    assert logp.dtype == torch.float32 and logp.exp().sum(-1).sub(1).abs().max() < 1e-5
 
 
 def test_golden_temperature_mismatch():
@@ -80,7 +82,7 @@ def test_golden_temperature_mismatch():
     assert torch.allclose(cold - p, golden, atol=1e-7)
 
 
-# §7 aggregation
+# §8 aggregation
 
 
 def test_masked_mean_by_hand():
@@ -120,24 +122,86 @@ def test_two_micro_batches_with_the_global_total_equal_one_batch(how):
         assert not torch.allclose(whole, x.grad, atol=1e-3)
 
 
-def test_score_tokens_holds_one_chunk_and_has_the_same_gradient(monkeypatch):
+# §4 chunks: never more logits than one chunk's
+
+
+def watched(monkeypatch, chunk_logits=1):
+    """The shapes of all logits from here on, with chunks of CHUNK_LOGITS."""
+    shapes, log_probs = [], opd.log_probs
+
+    def watch(model, hidden, **settings):
+        found = log_probs(model, hidden, **settings)
+        shapes.append(found.shape)
+        return found
+
+    monkeypatch.setattr(opd, "log_probs", watch)
+    monkeypatch.setattr(opd, "CHUNK_LOGITS", chunk_logits)
+    return shapes
+
+
+def test_score_tokens_is_score_at_the_responses_own_tokens():
     model, prompts = tiny_llama(), random_prompts([4, 2, 5])
     rollout = opd.sample(model, prompts, horizon=9, eos_ids=[])
-    plain = opd.of_tokens(opd.score(model, rollout), rollout.tokens)
-    expected = torch.autograd.grad(plain.sum(), [*model.parameters()])
-    sizes, law_of = [], opd.law_of
-
-    def watch(model, hidden, **law):
-        sizes.append(len(hidden))
-        return law_of(model, hidden, **law)
-
-    monkeypatch.setattr(opd, "law_of", watch)
-    monkeypatch.setattr(opd, "CHUNK_LOGITS", 1)
     found = opd.score_tokens(model, rollout)
-    assert max(sizes) == opd.CHUNK_TOKENS < plain.numel()
-    assert torch.allclose(found, plain, atol=1e-6)
-    forward = len(sizes)
-    gradient = torch.autograd.grad(found.sum(), [*model.parameters()])
-    assert len(sizes) == 2 * forward  # recomputed, not kept
-    for ours, whole in zip(gradient, expected, strict=True):
-        assert torch.allclose(ours, whole, atol=1e-5)
+    assert torch.allclose(found, rollout.logprobs, atol=1e-5) and found.requires_grad
+
+
+@pytest.mark.parametrize("N", [1, 15, 16, 17, 100])
+@pytest.mark.parametrize("logits, V, size", [(1, 19, 16), (400, 19, 21), (10**9, 19, 10**9 // 19)])
+def test_chunks_are_all_tokens_once_in_order(logits, V, size, N, monkeypatch):
+    monkeypatch.setattr(opd, "CHUNK_LOGITS", logits)
+    some = opd.chunks(N, V)
+    assert [i for n in some for i in range(N)[n]] == [*range(N)]
+    assert [n.stop - n.start for n in some[:-1]] == [size] * (len(some) - 1)
+    assert 1 <= some[-1].stop - some[-1].start <= size and some[-1].stop == N
+
+
+READINGS = [
+    dict(), dict(temperature=0.7), dict(vocab_size=17), dict(rows=2), dict(rows=1, temperature=1.4),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("logits", [1, 400, 10**9])
+@pytest.mark.parametrize("how", READINGS, ids=str)
+def test_chunks_of_log_probs_give_the_loss_and_gradient_of_the_whole(how, logits, monkeypatch):
+    model, other, g = tiny_llama(), tiny_llama(seed=1), torch.Generator().manual_seed(0)
+    other.requires_grad_(False)
+    noise, weight = torch.rand(2, 4, 14, generator=g)
+    rollout = opd.sample(model, random_prompts([3, 7, 5, 4]), horizon=14, noise=noise, eos_ids=[])
+    mask = rollout.mask = torch.arange(14) < torch.tensor([14, 1, 9, 11])[:, None]
+    plain = {key: value for key, value in how.items() if key != "rows"}
+    logp, logq = (opd.score(m, rollout, **plain) for m in (model, other))
+    whole = (opd.reverse_kl(logp, logq.detach()) * weight)[mask].sum()
+    expected = torch.autograd.grad(whole, [*model.parameters()])
+
+    shapes = watched(monkeypatch, logits)
+    student = opd.LogProbs(model, rollout, grad=True, **how)
+    teacher, total, N = opd.LogProbs(other, rollout, **how), 0.0, int(mask.sum())
+    for n in opd.chunks(N, logp.shape[-1]):
+        assert torch.allclose(student[n], logp[mask][n], atol=1e-5)
+        assert not teacher[n].requires_grad
+        loss = (opd.reverse_kl(student[n], teacher[n]) * weight[mask][n]).sum()
+        total += loss.item()
+        loss.backward()
+    student.backward()
+    most = max(opd.CHUNK_TOKENS, logits // logp.shape[-1])
+    assert max(rows for rows, _ in shapes) == min(most, N)
+    assert total == pytest.approx(whole.item(), abs=1e-4)
+    size = max(gradient.abs().max() for gradient in expected)
+    for ours, gradient in zip(model.parameters(), expected, strict=True):
+        assert (ours.grad - gradient).abs().max() < 1e-5 * size
+
+
+def test_log_probs_run_the_layers_once_whatever_the_chunks(monkeypatch):
+    model, calls = tiny_llama(), Counter()
+    rollout = opd.sample(model, random_prompts([4] * 3), horizon=20, eos_ids=[])
+    model.base_model.layers[0].register_forward_hook(lambda *_: calls.update(forward=1))
+    model.base_model.layers[0].register_full_backward_hook(lambda *_: calls.update(backward=1))
+    monkeypatch.setattr(opd, "CHUNK_LOGITS", 1)
+    student = opd.LogProbs(model, rollout, grad=True)
+    some = opd.chunks(60, 23)
+    for n in some:
+        student[n].sum().backward()
+    assert len(some) == 4 and calls == dict(forward=1)
+    student.backward()
+    assert calls == dict(forward=1, backward=1)

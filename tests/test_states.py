@@ -1,5 +1,6 @@
-"""§2: sampling.  Against a re-forward, transformers' generate, other batch splits; EOS, horizon."""
+"""§3: sampling.  Against a re-forward, transformers' generate, other batch splits; EOS, horizon."""
 
+import lab
 import pytest
 import torch
 from conftest import random_laws, random_prompts, tiny_llama
@@ -28,12 +29,12 @@ def test_log_probs_of_the_sampler_equal_a_re_forward(model, lengths, temperature
     assert (rollout.logprobs - again).abs().max() < 1e-5
 
 
-def test_temperature_zero_takes_the_argmax_and_reports_the_law_at_one(model):
+def test_temperature_zero_takes_the_argmax_and_reports_the_log_probs_at_one(model):
     rollout = opd.sample(model, random_prompts([4, 6]), horizon=9, temperature=0, eos_ids=[])
     with torch.no_grad():
-        law = opd.score(model, rollout)
-    assert torch.equal(law.argmax(-1), rollout.tokens)
-    assert (opd.of_tokens(law, rollout.tokens) - rollout.logprobs).abs().max() < 1e-5
+        logp = opd.score(model, rollout)
+    assert torch.equal(logp.argmax(-1), rollout.tokens)
+    assert (opd.of_tokens(logp, rollout.tokens) - rollout.logprobs).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize("lengths", [[6, 6, 6, 6], [3, 6, 4, 5]])
@@ -59,10 +60,12 @@ def test_same_noise_same_text_whatever_the_split_and_whoever_stopped(model):
             opd.sample(model, opd.take(prompts, rows), horizon=20, noise=noise[rows], eos_ids=eos)
             for rows in torch.arange(6).split(split)
         ]
-        joined = opd.join(parts)
-        assert torch.equal(joined.mask, whole.mask)
-        assert torch.equal(joined.tokens * joined.mask, whole.tokens * whole.mask)
-        assert ((joined.logprobs - whole.logprobs) * whole.mask).abs().max() < 1e-5
+        rows = zip(*(torch.arange(6).split(split), parts), strict=True)
+        for part, text in rows:
+            width, own = text.mask.shape[1], opd.take(whole, part)
+            assert torch.equal(text.mask, own.mask[:, :width]) and not own.mask[:, width:].any()
+            assert torch.equal(text.tokens * text.mask, own.tokens[:, :width] * text.mask)
+            assert ((text.logprobs - own.logprobs[:, :width]) * text.mask).abs().max() < 1e-5
 
 
 def test_a_shorter_horizon_is_a_prefix_of_a_longer_one(model):
@@ -89,7 +92,7 @@ def test_mask_ends_with_the_first_eos_and_the_horizon_adds_none(model):
 def test_pad_equal_to_eos_keeps_the_first_eos():
     tokens = torch.tensor([[5, 0, 0, 0], [0, 0, 0, 0], [5, 6, 7, 8]])
     expected = [[True, True, False, False], [True, False, False, False], [True] * 4]
-    assert opd.through_eos(tokens, [0]).tolist() == expected
+    assert lab.through_eos(tokens, [0]).tolist() == expected
 
 
 def test_vocab_size_keeps_padding_rows_of_the_embedding_unreachable(model):
@@ -104,7 +107,7 @@ def test_vocab_size_keeps_padding_rows_of_the_embedding_unreachable(model):
         ).abs().max() < 1e-5
 
 
-# the law of one draw
+# the distribution of one draw
 
 
 def test_inverse_cdf_draws_each_token_on_an_interval_as_long_as_its_probability():
@@ -140,14 +143,14 @@ def test_top_p_biases_the_score_function_by_exactly_the_cut():
     assert torch.allclose(expected, kept - p, atol=1e-12) and (kept - p).abs().max() > 0.05
 
 
-def test_top_p_sampling_reports_the_law_it_sampled_from(model):
+def test_top_p_sampling_reports_what_it_sampled_from(model):
     noise = noise_for(4, 8)
     rollout = opd.sample(
         model, random_prompts([5] * 4), horizon=8, top_p=0.6, noise=noise, eos_ids=[]
     )
     with torch.no_grad():
-        law = opd.nucleus(opd.score(model, rollout), 0.6)
-    assert (opd.of_tokens(law, rollout.tokens) - rollout.logprobs).abs().max() < 1e-4
+        logp = opd.nucleus(opd.score(model, rollout), 0.6)
+    assert (opd.of_tokens(logp, rollout.tokens) - rollout.logprobs).abs().max() < 1e-4
     assert torch.isfinite(rollout.logprobs).all()
 
 
@@ -170,18 +173,18 @@ def test_continue_rollout_keeps_the_head_and_is_seamless_with_one_model(model):
     whole = opd.sample(model, prompts, horizon=18, noise=noise, eos_ids=eos)
     for depth in (1, 5, 17, 30):
         head = opd.sample(model, prompts, horizon=min(depth, 18), noise=noise, eos_ids=eos)
-        law = dict(horizon=18, noise=noise, eos_ids=eos)
-        again = opd.continue_rollout(model, head, depth, **law)
+        how = dict(horizon=18, noise=noise, eos_ids=eos)
+        again = lab.continue_rollout(model, head, depth, **how)
         assert torch.equal(again.tokens * again.mask, whole.tokens * whole.mask)
         assert torch.equal(again.finished, whole.finished)
-        cut = opd.continue_rollout(model, whole, depth, **law)  # from a longer rollout, too
+        cut = lab.continue_rollout(model, whole, depth, **how)  # from a longer rollout, too
         assert torch.equal(cut.tokens * cut.mask, whole.tokens * whole.mask)
 
 
 def test_teacher_prefix_then_student(model):
     other, prompts, noise = tiny_llama(seed=1), random_prompts([5, 3]), noise_for(2, 10)
     head = opd.sample(other, prompts, horizon=3, noise=noise, eos_ids=[])
-    both = opd.continue_rollout(model, head, 3, horizon=10, noise=noise, eos_ids=[])
+    both = lab.continue_rollout(model, head, 3, horizon=10, noise=noise, eos_ids=[])
     assert torch.equal(both.tokens[:, :3], head.tokens) and both.tokens.shape == (2, 10)
     with torch.no_grad():
         student, teacher = (opd.score_tokens(m, both) for m in (model, other))
@@ -189,39 +192,49 @@ def test_teacher_prefix_then_student(model):
     assert (both.logprobs[:, 3:] - student[:, 3:]).abs().max() < 1e-5
 
 
-def states(world, **fields):
+def states(world, step=0, **fields):
     config = opd.Config(max_tokens=world.task.max_tokens, **fields)
-    prompts = opd.step_prompts(config, world.task, 0)
-    return opd.make_states(config, world, prompts, 0, opd.horizon_at(0, config))
+    prompts = opd.step_prompts(config, world, step)
+    return opd.write(config, world, prompts, step, opd.horizon_at(step, config))
 
 
-def test_mixed_states_are_rows_of_their_writers(world):
-    student, teacher = states(world, states="student"), states(world, states="teacher")
-    mixed = states(world, states="mixed", student_share=0.5, off_policy="teacher")
-    rows = lambda r: [t[m].tolist() for t, m in zip(r.tokens, r.mask, strict=True)]  # noqa: E731
-    from_student = [a == b for a, b in zip(rows(mixed), rows(student), strict=True)]
-    from_teacher = [a == b for a, b in zip(rows(mixed), rows(teacher), strict=True)]
-    assert all(a or b for a, b in zip(from_student, from_teacher, strict=True))
-    coin = torch.rand(64, generator=coin_generator())
-    assert abs(sum(coin < 0.5) - 32) < 16 and not all(from_student) and not all(from_teacher)
-    for share, whole in ((1.0, student), (0.0, teacher)):
-        assert rows(states(world, states="mixed", student_share=share)) == rows(whole)
-    data = states(world, states="mixed", student_share=0.0, off_policy="data")
-    assert data.logprobs.isnan().all() and data.finished.all()
+def rows(rollout):
+    return [t[m].tolist() for t, m in zip(rollout.tokens, rollout.mask, strict=True)]
 
 
-def coin_generator():
-    g = opd.keyed_generator(0, "noise", 0)
+def coin(step):
+    """The uniform of write's choice of a writer, at seed 0."""
+    g = opd.keyed_generator(0, "noise", step)
     torch.rand(64, 53, generator=g)
-    return g
+    return float(torch.rand(1, generator=g))
 
 
-def test_prefix_states_start_with_the_teachers_tokens(world):
-    teacher, mixed = states(world, states="teacher"), states(world, teacher_prefix=7)
-    assert torch.equal(mixed.tokens[:, :7], teacher.tokens[:, :7])
+@pytest.mark.parametrize("others", ["teacher", "data"])
+def test_mixed_states_are_batches_of_one_writer(world, others):
+    """GKD tosses one coin for the batch [secondary]."""
+    wrote = []
+    for step in range(6):
+        whole = {who: states(world, step=step, states=who) for who in ("student", others)}
+        mixed = states(world, step=step, states=others, student_share=0.5)
+        wrote.append("student" if coin(step) < 0.5 else others)
+        assert rows(mixed) == rows(whole[wrote[-1]])
+        assert bool(mixed.logprobs[mixed.mask].isnan().any()) == (wrote[-1] == "data")
+        assert rows(whole["student"]) != rows(whole[others])
+    assert {*wrote} == {"student", others}
+    for share, who in ((1.0, "student"), (0.0, others)):
+        assert rows(states(world, states=others, student_share=share)) == rows(
+            states(world, states=who)
+        )
 
 
-def test_the_law_is_exact_where_it_can_be_counted():
+def test_the_teachers_text_carries_the_teachers_log_probs(world):
+    rollout = states(world, states="teacher")
+    with torch.no_grad():
+        again = opd.score_tokens(world.teacher, rollout, vocab_size=world.vocab["vocab_size"])
+    assert (again - rollout.logprobs)[rollout.mask].abs().max() < 1e-4
+
+
+def test_the_log_probs_are_exact_where_they_can_be_counted():
     """Enumerate every response of length 2: the sampler's own log-probs must sum to one."""
     model, prompts = tiny_llama(vocab=6, seed=4), random_prompts([4], vocab=6)
     pairs = torch.cartesian_prod(torch.arange(6), torch.arange(6))

@@ -1,155 +1,103 @@
-"""§7: what a token weighs, gates, and targets beyond the teacher; sampling against enumeration.
+"""§8, §10: what a token weighs; sampling against enumeration.
 
-Numbers in brackets are the checks of the project's formula list: (16) ExOPD, (18) IW-OPD and
-Prune-OPD, (23) Monte Carlo.  (20) is in test_states.py and test_scores.py, (22) in test_scores.py.
+Numbers in brackets are the checks of the project's formula list: (23) Monte Carlo.  (16) and (18)
+are in test_rules.py, (20) is in test_states.py and test_scores.py, (22) in test_scores.py.
 """
 
 import math
 
 import pytest
 import torch
-from conftest import Tree, logit_gradient, random_laws, score_weighted
+from conftest import Tree, logit_gradient, random_laws
+from test_training import gradients_of_step, ready
 
 import opd
 
-Q = torch.tensor([0.2, 0.1, 0.7], dtype=torch.float64)
-REFERENCE = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
-
-# (16) ExOPD
+# the weights of a step
 
 
-def optimum(scale, logq, logref):
-    """q^scale ref^(1 - scale), renormalised: log-probs."""
-    return (scale * logq + (1 - scale) * logref).log_softmax(-1)
+def written(lengths, finished):
+    """A rollout with responses of these lengths."""
+    mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+    nobody = torch.zeros(len(lengths), 1, dtype=torch.long)
+    zeros = torch.zeros(mask.shape)
+    return opd.Rollout(nobody, nobody.bool(), zeros.long(), mask, zeros, torch.tensor(finished))
 
 
-def update(logp, target):
-    """The expected gradient of a policy gradient whose reward is target - log p."""
-    return score_weighted(logp.exp(), -(target - logp))
+WEIGHED = {  # of rows of 4, 2, 3 and 1 tokens: each token's weight, all kept; only row 0 kept
+    "token": ([1 / 10] * 4, [1 / 4, 0, 0, 0]),
+    "sequence_sum": ([1 / 4] * 4, [1, 0, 0, 0]),
+    "sequence_mean": ([1 / 16, 1 / 8, 1 / 12, 1 / 4], [1 / 4, 0, 0, 0]),
+}
 
 
-def test_golden_optimum_past_the_teacher():
-    rest = optimum(1.25, Q.log(), REFERENCE.log())
-    golden = torch.tensor([0.13338037, 0.06371866, 0.80290097], dtype=torch.float64)
-    assert torch.allclose(rest.exp(), golden, atol=1e-8)
-    assert update(rest, opd.tilted_teacher(Q.log(), REFERENCE.log(), 1.25)).abs().max() < 1e-12
+@pytest.mark.parametrize("how", WEIGHED)
+def test_the_weights_of_a_step_are_those_of_masked_mean_and_a_rejection_weighs_nothing(how):
+    rollout = written([4, 2, 3, 1], [True, True, False, False])
+    right = torch.tensor([True, False, True, False])  # row 2 is right, and cut
+    everything = torch.ones(4, dtype=torch.bool)
+    for keep, rows in zip(("all", "right"), WEIGHED[how], strict=True):
+        c = opd.Config(method="sft", states="teacher", keep=keep, aggregation=how)
+        found = opd.weights(c, None, rollout, None, None, right)
+        expected = rollout.mask * torch.tensor(rows)[:, None]
+        assert torch.allclose(found.double(), expected.double(), atol=1e-7)
+    x = torch.rand(rollout.mask.shape)
+    plain = opd.Config(method="sft", aggregation=how)
+    found = (opd.weights(plain, None, rollout, None, None, everything) * x).sum()
+    assert torch.allclose(found, opd.masked_mean(x, rollout.mask, how))
 
 
-@pytest.mark.parametrize("scale", [0.3, 1.0, 1.25, 2.0])
-@pytest.mark.parametrize("seed", range(3))
-def test_the_tilted_teacher_is_at_rest_at_its_optimum_only(scale, seed):
-    logp, logq = (law[0, 0] for law in random_laws(seed=seed))
-    logref = random_laws(seed=seed + 100)[0][0, 0]
-    target, rest = opd.tilted_teacher(logq, logref, scale), optimum(scale, logq, logref)
-    assert update(rest, target).abs().max() < 1e-12
-    assert (update(logq, target).abs().max() < 1e-12) == (scale == 1)  # it leaves the teacher
-    descent = logit_gradient(lambda x: opd.reverse_kl(x, rest), logp)
-    assert torch.allclose(update(logp, target), descent, atol=1e-12)  # a constant does not matter
-    paper = scale * (logq - logref) - (logp - logref)
-    assert (target - logp - paper).std() < 1e-12  # they differ by a constant of the state
+@pytest.mark.parametrize("how", WEIGHED)
+def test_nothing_kept_weighs_nothing(how):
+    rollout, c = written([4, 2], [True, False]), opd.Config(method="sft", keep="right")
+    c = c.model_copy(update=dict(aggregation=how))
+    found = opd.weights(c, None, rollout, None, None, torch.tensor([False, True]))
+    assert torch.equal(found, torch.zeros(2, 4))
 
 
-def test_scale_one_ignores_the_reference():
-    logq, logref = random_laws()
-    assert torch.allclose(opd.tilted_teacher(logq, logref, 1.0), logq, atol=1e-12)
-    assert (opd.tilted_teacher(logq, logref, 1.25) - logq).abs().max() > 0.05
+REJECTS = dict(method="sft", states="teacher", teacher="tiny_configs/models/student_muddled")
 
 
-def credit_of_each_token(logp, logq, logref, **fields):
-    """The advantages (V,) that a training step notes for every token of one state."""
-    config = opd.Config.load(route="policy_gradient", reference="student", **fields)
-    V = len(logp)
-    table = {name: torch.zeros(V, dtype=logp.dtype) for name in ("before", "advantage")}
-    table["action"] = torch.arange(V)
-    taught = opd.tilted_teacher(logq, logref, config.reward_scale)
-    opd.first_look(config, table, torch.arange(V), logp.expand(V, V), taught.expand(V, V))
-    return table["advantage"]
+def step_of(**fields):
+    """A step's config, world, row and gradients."""
+    config, world, _ = ready(batch_size=32, warmup=0, **fields)
+    return config, world, *gradients_of_step(config, world)
 
 
-@pytest.mark.parametrize("scale", [0.5, 1.25])
-@pytest.mark.parametrize("divergence", ["reverse_kl", "forward_kl", "jsd"])
-def test_training_descends_the_divergence_to_the_tilted_law_itself(divergence, scale):
-    """The tilted teacher must be a law here: its mass is not 1 before it is normalised."""
-    logp, logq = (law[0, 0] for law in random_laws(seed=2))
-    logref = random_laws(seed=102)[0][0, 0]
-    rest = optimum(scale, logq, logref)
-    fields = dict(divergence=divergence, reward_scale=scale)
-    advantage = credit_of_each_token(logp, logq, logref, **fields)
-    kind = dict(reverse_kl=opd.reverse_kl, forward_kl=opd.forward_kl)
-    loss = kind.get(divergence, lambda x, y: opd.jsd(x, y, 0.5))
-    descent = logit_gradient(lambda x: loss(x, rest), logp)
-    assert torch.allclose(score_weighted(logp.exp(), -advantage), descent, atol=1e-12)
+def test_cost_counts_what_was_drawn_and_a_rejection_is_a_weight_of_0():
+    """Fault 1 of the first edition: rejected responses had vanished from tokens and FLOPs."""
+    config, world, row, found = step_of(**REJECTS, keep="right")
+    *_, whole, _ = step_of(**REJECTS)
+    prompts = opd.step_prompts(config, world, 0)
+    rollout = opd.write(config, world, prompts, 0, config.max_tokens)
+    kept = world.task.verify(prompts, rollout) & rollout.finished
+    drawn = int(rollout.mask.sum())
+    assert 0 < kept.sum() < 32 and row["correct"] == whole["correct"] == float(kept.float().mean())
+    assert row["tokens_sampled"] == row["tokens_trained"] == drawn > int(rollout.mask[kept].sum())
+    assert row["flop_sample"] == whole["flop_sample"] > 0
+    for key in ("flop_score", "flop_update", "length", "finished", "tokens_scored"):
+        assert row[key] == whole[key], key
+    assert row["weight"] == pytest.approx(1) and whole["weight"] == pytest.approx(1)
+
+    best = opd.take(rollout, kept.nonzero().squeeze(1))  # what is learned: only these
+    logp_a = opd.score_tokens(world.student, best, vocab_size=world.vocab["vocab_size"])
+    loss = opd.masked_mean(-logp_a, best.mask)
+    loss.backward()
+    assert row["loss"] == pytest.approx(loss.item(), rel=1e-5) != whole["loss"]
+    size = max(p.grad.abs().max() for p in world.student.parameters())
+    for gradient, p in zip(found, world.student.parameters(), strict=True):
+        assert (gradient - p.grad).abs().max() < 1e-4 * size
 
 
-@pytest.mark.parametrize("scale", [0.5, 1.25])
-def test_at_the_tilted_optimum_no_token_gets_negative_feedback(scale):
-    """Routing and the local KL ask for the sign of A: off by log Z, all or none would be wrong."""
-    logq, logref = (law[0, 0] for law in random_laws(seed=2))
-    rest = optimum(scale, logq, logref)
-    assert credit_of_each_token(rest, logq, logref, reward_scale=scale).abs().max() < 1e-12
+def test_a_step_that_keeps_nothing_costs_and_moves_nothing():
+    """Fault 1, at its end: a horizon of 5 cuts every response."""
+    *_, row, gradients = step_of(**REJECTS, keep="right", horizon=5)
+    assert row["tokens_sampled"] == row["tokens_trained"] == 32 * 5 and row["flop_update"] > 0
+    assert row["weight"] == 0 and row["loss"] == 0 and row["finished"] == 0
+    assert not any(gradient.any() for gradient in gradients)
 
 
-# (18) weights by position
-
-
-@pytest.mark.parametrize("gamma", [0.0, 0.5, 2.0])
-def test_position_weights_fall_from_the_gain_to_one_as_the_row_drifts(gamma):
-    g = torch.Generator().manual_seed(0)
-    reward = torch.randn(4, 6, generator=g, dtype=torch.float64)
-    mask = torch.arange(6) < torch.tensor([6, 1, 4, 3])[:, None]
-    weights = opd.position_weights(reward, mask, gamma)
-    for i, n in enumerate(mask.sum(1).tolist()):
-        size = reward[i, :n].abs()
-        for t in range(n):
-            expected = 1 + gamma * (1 - size[:t].sum() / size.sum())
-            assert weights[i, t].item() == pytest.approx(expected.item(), abs=1e-12)
-        w = weights[i, :n]
-        assert w[0] == 1 + gamma and (w >= 1).all() and (w.diff() <= 1e-12).all()
-        last = 1 + gamma * size[-1] / size.sum()
-        assert w[-1].item() == pytest.approx(last.item(), abs=1e-12)
-
-
-def test_position_weights_read_sizes_of_valid_tokens_only_and_carry_no_gradient():
-    reward = torch.tensor([[1.0, -2.0, 1.0, torch.nan, 9.0]], dtype=torch.float64)
-    mask = torch.tensor([[True, True, True, False, False]])
-    expected = torch.tensor([1.5, 1.375, 1.125], dtype=torch.float64)
-    weights = opd.position_weights(reward.requires_grad_(), mask, 0.5)
-    assert torch.allclose(weights[0, :3], expected, atol=1e-12) and not weights.requires_grad
-    assert torch.isfinite(weights).all()
-    still = opd.position_weights(torch.zeros(2, 3), torch.ones(2, 3, dtype=torch.bool), 0.5)
-    assert (still == 1.5).all()  # nothing to correct: no drift
-
-
-def test_prune_weights_by_hand():
-    overlap = torch.tensor([[0.9, 0.6, 0.7, 0.2, 0.9], [0.1] * 5], dtype=torch.float64)
-    mask = torch.tensor([[True] * 5, [True, True, False, False, False]])
-    weights = opd.prune_weights(overlap, mask, tau=0.7, decay=0.3)
-    low = torch.tensor([[0, 1, 1, 2, 2], [1, 2, 2, 2, 2]])  # so far, with the token itself
-    assert (
-        torch.allclose(weights, 1 - 0.3 * low.double(), atol=1e-6)
-        and weights.dtype == overlap.dtype
-    )
-
-
-@pytest.mark.parametrize("tau, decay", [(0.5, 0.01), (0.5, 0.4), (0.0, 0.4), (1.1, 2.0)])
-def test_prune_weights_never_rise_and_stay_between_zero_and_one(tau, decay):
-    g = torch.Generator().manual_seed(1)
-    overlap, mask = torch.rand(8, 20, generator=g), torch.rand(8, 20, generator=g) < 0.9
-    weights = opd.prune_weights(overlap, mask, tau, decay)
-    assert (weights.diff() <= 0).all() and ((weights >= 0) & (weights <= 1)).all()
-    assert ((weights == 1).all(), (weights[:, -1] == 0).all()) == (tau == 0, decay * 20 * tau > 3)
-
-
-# gates and importance weights
-
-
-def test_the_entropy_gate_opens_above_its_threshold_only():
-    logq = torch.stack([torch.zeros(4), torch.tensor([0.0, -80.0, -80.0, -80.0])]).double()
-    logq = logq.log_softmax(-1)
-    for threshold, opened in ((0.8, [True, False]), (1.4, [False, False]), (-1.0, [True, True])):
-        assert opd.entropy_gate(logq, threshold).tolist() == opened
-    exactly = opd.entropy(logq)[0].item()
-    assert opd.entropy_gate(logq, exactly).tolist() == [False, False]
+# importance weights
 
 
 def test_truncated_importance_weights_by_hand():

@@ -21,9 +21,9 @@ METHODS = {
     "return-to-go": dict(method="opd", gamma=1.0),
     "gae_opd": dict(method="gae_opd"),
     "cr_opd": dict(method="cr_opd"),
-    "aopd": dict(method="aopd"),
-    "eopd": dict(method="eopd"),
-    "prune_opd": dict(method="prune_opd"),
+    "aopd": dict(rule="aopd"),
+    "eopd": dict(rule="eopd"),
+    "prune_opd": dict(rule="prune_opd"),
 }
 
 

@@ -1,6 +1,10 @@
 """One OPD step, side by side in one run: this project, a plain loop, TRL's GKDTrainer.
 
     python tests/benchmarks/bench_step.py --shape A --repeats 5 --trl ENVIRONMENT/bin/python
+    python tests/benchmarks/bench_step.py --shape B --first WORKTREE    # of the first edition
+
+--first: the same step by the opd.py of another worktree (git worktree add WORKTREE 5c57ce0), with
+the same models, prompts and noise, in turns with the others.
 
 Reverse KL on the whole vocabulary, the student's own text, AdamW, clipping at 1; random Llama
 models, prompts of exactly P tokens, no EOS, so every response has exactly T tokens.  Each method
@@ -168,6 +172,7 @@ def main():
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--trl", help="python of an environment with trl 1.16.0")
+    parser.add_argument("--first", help="a worktree of the first edition")
     parser.add_argument(
         "--worker", choices=["opd", "plain", "trl", "bound"], help=argparse.SUPPRESS
     )
@@ -179,15 +184,17 @@ def main():
         run = dict(opd=run_opd, plain=run_plain, trl=run_trl, bound=bound)[given.worker]
         print("\n" + json.dumps(run(given.shape)))
         return
-    methods = ["opd", "plain"] + ["trl"] * bool(given.trl)
+    methods = ["opd", "plain"] + ["trl"] * bool(given.trl) + ["first"] * bool(given.first)
     environment = {**os.environ, "OMP_NUM_THREADS": str(given.threads), "HF_HUB_OFFLINE": "1"}
     found = {name: [] for name in methods}
 
     def worker(name):
         python = given.trl if name == "trl" else sys.executable
-        words = [python, __file__, "--shape", given.shape, "--worker", name, "--threads",
+        kind, tree = ("opd", given.first) if name == "first" else (name, "")
+        words = [python, __file__, "--shape", given.shape, "--worker", kind, "--threads",
                  str(given.threads)]  # fmt: skip
-        done = subprocess.run(words, capture_output=True, text=True, env=environment)
+        where = environment | dict(OPD_TREE=tree)
+        done = subprocess.run(words, capture_output=True, text=True, env=where)
         if done.returncode:
             raise SystemExit(f"{name} failed:\n{done.stderr[-2000:]}")
         return json.loads(done.stdout.strip().splitlines()[-1])
@@ -199,9 +206,10 @@ def main():
             print(f"repeat {repeat + 1}  {name:6} {s:.3f} s/step", file=sys.stderr)
     least = worker("bound")
     print(f"shape {given.shape}, {given.threads} threads; bound {least:.3f} s")
-    head = ("method", "s/step, median", "best", "over plain", "over TRL", "over bound", "MiB")
+    others = ["plain"] + ["trl"] * bool(given.trl) + ["first"] * bool(given.first)
+    head = ["method", "s/step, median", "best", *(f"over {o}" for o in others), "over bound", "MiB"]
     print("| " + " | ".join(head) + " |")
-    print("|---|---|---|---|---|---|---|")
+    print("|---" * len(head) + "|")
     medians = {m: [median(r["seconds"]) for r in found[m]] for m in methods}
 
     def over(method, other):
@@ -209,8 +217,8 @@ def main():
 
     for m in methods:
         best, typical = min(min(r["seconds"]) for r in found[m]), median(medians[m])
-        cells = [m, f"{typical:.3f}", f"{best:.3f}", f"{over(m, 'plain'):.2f}"]
-        cells += [f"{over(m, 'trl'):.2f}" if given.trl else "", f"{typical / least:.1f}"]
+        cells = [m, f"{typical:.3f}", f"{best:.3f}", *(f"{over(m, o):.2f}" for o in others)]
+        cells.append(f"{typical / least:.1f}")
         print(
             "| " + " | ".join([*cells, f"{median(r['over_start'] for r in found[m]):.0f}"]) + " |"
         )

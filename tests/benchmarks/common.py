@@ -1,5 +1,10 @@
-"""Shared by the benchmarks: random models of a size, and opd.py's step on them."""
+"""Shared by the benchmarks: random models of a size, and opd.py's step on them.
 
+OPD_TREE, in the environment: a worktree, of the first edition or of this one, whose opd.py is used
+in place of this tree's.
+"""
+
+import os
 import sys
 import time
 from pathlib import Path
@@ -8,9 +13,14 @@ from types import SimpleNamespace
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
+ROOT = Path(os.environ.get("OPD_TREE") or Path(__file__).resolve().parents[2])
+sys.path[:0] = [str(ROOT), str(ROOT / "notebooks")]
+import lab  # noqa: E402, F401
+
 import opd  # noqa: E402
+
+FIRST_EDITION = hasattr(opd, "make_states")
+HISTORY = [[]] if FIRST_EDITION else []  # an argument of train_step that is gone
 
 
 def random_llama(V, size, seed, positions):
@@ -26,11 +36,12 @@ def random_llama(V, size, seed, positions):
     return LlamaForCausalLM(config).eval()
 
 
-def opd_step(V, B, P, T, student, teacher, **fields):
+def opd_step(V, B, P, T, student, teacher, rule=None, **fields):
     """A function step(i) -> metrics: train_step on random prompts, exactly T tokens a response.
 
-    fields: of the Config, e.g. method="cr_opd".
+    fields: of the Config, e.g. method="cr_opd"; rule: one of lab.RULES.
     """
+    own, hooks = lab.RULES[rule]() if rule else ({}, {})
     student = random_llama(V, student, 1, P + T)
     teacher = random_llama(V, teacher, 2, P + T).requires_grad_(False)
 
@@ -42,16 +53,17 @@ def opd_step(V, B, P, T, student, teacher, **fields):
         return torch.zeros(len(some.text), dtype=torch.bool)
 
     task = SimpleNamespace(prompts=prompts, max_tokens=T, verify=verify)
-    world = opd.World(student, teacher, None, task, dict(eos_ids=[], vocab_size=V), None)
+    rest = [None] if FIRST_EDITION else []
+    world = opd.World(student, teacher, None, task, dict(eos_ids=[], vocab_size=V), *rest)
     usual = dict(batch_size=B, max_tokens=T, lr=1e-4, warmup=0, decay=0.0)
-    config = opd.Config(**usual, **fields)
+    config = opd.Config(**usual | own | fields)
     if config.baseline == "value":
         world.critic = torch.nn.Linear(student.config.hidden_size, 1)
     optimizer = opd.make_optimizer(config, world)
 
     def step(i):
         start = time.perf_counter()
-        row = opd.train_step(config, world, optimizer, i, [])
+        row = opd.train_step(config, world, optimizer, i, *HISTORY, **hooks)
         assert row["length"] == T
         return row | dict(step_s=time.perf_counter() - start)
 

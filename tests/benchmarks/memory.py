@@ -6,8 +6,8 @@
 
 Student forward, teacher forward, loss, backward, on 8 responses of 256 tokens with a vocabulary of
 151,936; random two-layer Llamas 256 wide, fp32, no sampling and no optimizer.  plain: whole
-(B, T, V) log-probs of both models, reverse_kl, backward.  chunked: score_chunks and token_loss as
-train_step calls them; with diagnostics: and take_note, as train_step does.  Each run has a process
+(B, T, V) log-probs of both models, reverse_kl, backward.  chunked: LogProbs and token_loss as
+train_step calls them; with diagnostics: and notes, as on a step that is looked at.  Each run has a process
 of its own, variants take turns; the faster of two steps counts.  Reported: medians, over repeats,
 of the ratio to plain in the same turn; seconds by the clock, and of processor time, which a busy
 machine disturbs less; peak resident memory over what was resident before
@@ -26,18 +26,13 @@ import os
 import subprocess
 import sys
 import time
-from collections import Counter
 from pathlib import Path
 from statistics import median
-from types import SimpleNamespace
 
 import common
 import torch
-from common import opd
+from common import lab, opd
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
-
-sys.path.insert(0, str(common.ROOT / "notebooks"))
-import lab  # noqa: E402
 
 V, B, P, T, SIZE = 151_936, 8, 16, 256, (256, 768, 2, 4)
 VARIANTS = ("plain", "chunked", "chunked, with diagnostics")
@@ -45,8 +40,6 @@ CASES = {  # V, B, P, T, student and teacher (hidden, intermediate, layers, head
     "wide": (4096, 8, 16, 32, (1024, 3072, 4, 8), (1024, 3072, 2, 8), dict(micro_batch=1)),
     "vocabulary": (100_000, 8, 16, 16, (256, 768, 2, 4), (256, 768, 2, 4), dict(micro_batch=1)),
     "deep": (4096, 8, 32, 96, (256, 768, 12, 4), (256, 768, 2, 4), {}),
-    "deep, checkpointing": (4096, 8, 32, 96, (256, 768, 12, 4), (256, 768, 2, 4),
-                            dict(gradient_checkpointing=True)),
     "small": (32_768, 2, 8, 16, (256, 768, 2, 4), (256, 768, 2, 4), dict(micro_batch=1)),
 }  # fmt: skip
 PUBLISHED = {  # the models' own config.json, what decides their size
@@ -78,8 +71,7 @@ def models_and_text():
     """World, config and a rollout of random tokens."""
     student, teacher = (common.random_llama(V, SIZE, seed, P + T) for seed in (1, 2))
     teacher.requires_grad_(False)
-    law = dict(eos_ids=[], vocab_size=V)
-    world = opd.World(student, teacher, None, SimpleNamespace(law=None), law, None)
+    world = opd.World(student, teacher, None, None, dict(eos_ids=[], vocab_size=V))
     ids = torch.randint(V, (B, P + T), generator=torch.Generator().manual_seed(0))
     real, zeros = torch.ones(B, P + T, dtype=torch.bool), torch.zeros(B, T)
     rollout = opd.Rollout(ids[:, :P], real[:, :P], ids[:, P:], real[:, P:], zeros, zeros[:, 0] > 0)
@@ -98,19 +90,19 @@ def plain(config, world, rollout):
 
 def chunked(config, world, rollout, diagnostics=False):
     """The inner loop of train_step."""
-    table = opd.token_table(config, rollout, torch.zeros(B, dtype=torch.bool))
-    total, kept, lap = 0.0, {}, opd.stopwatch(Counter())
-    for rows in opd.micro_batches(config):
-        for at, *laws in opd.score_chunks(config, world, rollout, rows, kept, lap):
-            opd.first_look(config, table, at, *laws[:2])
-            now = {name: values[at] for name, values in table.items()}
-            loss = opd.token_loss(config, *laws, now)
-            loss = (loss * now["emphasis"] * now["weight"]).sum()
-            loss.backward()
-            total += loss.item()
-            if diagnostics:
-                opd.take_note(config, table, at, now, *laws[:2])
-    return total
+    action, w = rollout.tokens[rollout.mask], opd.token_weights(rollout.mask)[rollout.mask]
+    zero, seen = torch.zeros(len(action)), []
+    teacher = world.log_probs(config, world.teacher, rollout)
+    student = world.log_probs(config, world.student, rollout, grad=True)
+    for n in opd.chunks(len(action), V):
+        logp, logq = student[n], teacher[n]
+        each = opd.token_loss(config, logp, logq, action[n], zero[n], zero[n], n)
+        (each * w[n]).sum().backward()
+        seen.append(each * w[n])
+        if diagnostics:
+            seen[-1] += 0 * opd.notes(config, logp, logq, action[n], zero[n])["kl"]
+    student.backward()
+    return torch.cat(seen).sum().item()
 
 
 def measured(variant):
@@ -135,12 +127,8 @@ def measured_case(name):
     V, B, P, T, student, teacher, fields = CASES[name]
     torch.set_num_threads(1)
     common.opd_step(64, 4, 4, 4, (32, 64, 1, 2), (32, 64, 1, 2))(0)  # libraries are loaded
-    before, deep = resident(), fields.get("gradient_checkpointing")
+    before = resident()
     step = common.opd_step(V, B, P, T, student, teacher, method="opd_full", **fields)
-    if deep:
-        cells = (cell.cell_contents for cell in step.__closure__)
-        world = next(cell for cell in cells if isinstance(cell, opd.World))
-        world.student.gradient_checkpointing_enable(dict(use_reentrant=False))
     for i in range(2):
         step(i)
     peak = resident("VmHWM") - before
@@ -162,7 +150,7 @@ def estimated(path):
     with torch.device("meta"):
         models = [c and AutoModelForCausalLM.from_config(c) for c in configs]
     B, T = config.batch_size, config.max_tokens
-    passes = (3 + config.gradient_checkpointing, 1)
+    passes = (3, 1)
     flops = sum(times * opd.forward_flops(model, B * tokens, B * tokens**2, B * T)
                 for times, model in zip(passes, models, strict=True) if model)  # fmt: skip
     rows = min(opd.EVALUATION_ROWS, 8 * (config.micro_batch or B))

@@ -1,4 +1,4 @@
-"""A weight rule of your own against none, five seeds: the README shows this file and its table."""
+"""A weight rule of your own against none, five seeds."""
 
 import contextlib
 import io
@@ -15,23 +15,24 @@ import lab  # noqa: E402
 import opd  # noqa: E402
 
 
-def by_size(reward, mask, gamma=0.5):
-    """Tokens where the models differ weigh more: a row's weights have mean 1; (B, T)."""
-    size = torch.where(mask, reward.detach().abs(), 0.0)
-    mean = size.sum(-1, keepdim=True) / mask.sum(-1, keepdim=True)
-    return 1 - gamma + gamma * size / mean.clamp(min=1e-9)
+def by_size(c, world, rollout, teacher, reward, right):
+    """Tokens where the models differ weigh more: a row's weights have mean 1, half of it by size."""
+    size = torch.where(rollout.mask, reward.abs(), 0.0)
+    mean = size.sum(-1, keepdim=True) / rollout.mask.sum(-1, keepdim=True)
+    plain = opd.weights(c, world, rollout, teacher, reward, right)
+    return plain * (0.5 + 0.5 * size / mean.clamp(min=1e-9))
 
 
-opd.position_weights = by_size
-accuracy = dict(none=[], position=[])
+rules = {"none": {}, "by size": dict(weights=by_size)}
+accuracy = {name: [] for name in rules}
 with tempfile.TemporaryDirectory() as runs, contextlib.redirect_stdout(io.StringIO()):
     for seed in range(5):
-        for weighting, found in accuracy.items():
+        for name, hooks in rules.items():
             fields = dict(method="opd", student=str(ROOT / "tiny_configs/models/student_novice"))
             fields |= dict(steps=25, lr=1e-3, eval_every=0, checkpoint_every=0, runs=runs)
-            run = opd.train(opd.Config.load(weighting=weighting, seed=seed, **fields))
-            found.append(run.result["student_after"]["accuracy"])
+            run = opd.train(opd.Config.load(seed=seed, **fields), **hooks)
+            accuracy[name].append(run.result["student_after"]["accuracy"])
 accuracy["difference, paired by seed"] = [b - a for a, b in zip(*accuracy.values(), strict=True)]
-print("| weighting | accuracy after 25 steps |\n|---|---|")
+print("| weights | accuracy after 25 steps |\n|---|---|")
 for name, values in accuracy.items():
     print("| {} | {:.3f} ± {:.3f} |".format(name, *lab.interval(values)))

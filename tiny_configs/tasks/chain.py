@@ -9,6 +9,8 @@ import zlib
 from functools import partial
 from typing import Any
 
+import texts
+
 import opd
 
 MOD, HOPS, TOKENS = 7, 8, 53  # steps of a prompt, and the longest response
@@ -42,7 +44,9 @@ def make_task(name: str, tokenizer: Any) -> opd.Task:
     styles = (name.partition("/")[2] or "careful").split("+")
     known = f"task = {name!r}: must be chain[/STYLE], STYLE from {', '.join(STYLES)}, joined by +"
     opd.require({*styles} <= {*STYLES}, known)
-    opd.need_words(name, tokenizer, [*map(str, range(MOD)), *"+-*=;#>|:", "<b>", "<e>"])
+    words = [*map(str, range(MOD)), *"+-*=;#>|:", "<b>", "<e>"]
+    missing = sorted({*words} - {*tokenizer.get_vocab()})
+    opd.require(not missing, f"task = {name!r}: the student's tokenizer has no token {missing[:1]}")
     hops, tokens = (4, 150) if "long" in styles else (HOPS, TOKENS)
     ops = "+-" if "sums" in styles else "+-*"
 
@@ -61,5 +65,5 @@ def make_task(name: str, tokenizer: Any) -> opd.Task:
     def judge(response: str, answer: str) -> bool:
         return response.partition("#")[2].split()[:1] == [answer]
 
-    draw = partial(opd.fresh_pairs, make)
-    return opd.text_task(name, tokenizer, tokens, draw, judge, tell)
+    draw = partial(texts.fresh_pairs, make)
+    return texts.text_task(name, tokenizer, tokens, draw, judge, tell)

@@ -1,0 +1,99 @@
+"""The laboratory: what the notebooks draw and measure, recipes, and the papers' rules.
+
+The method itself is in opd.py.  `import lab` gives the names below; on the command line:
+
+    python notebooks/lab check CONFIG.json --teacher NAME    # will this teacher teach this student?
+    python notebooks/lab report runs/NAME                    # report.md, report.json, report.png
+    python notebooks/lab compare SPEC.json --seeds 5         # methods side by side, over seeds
+    python notebooks/lab train --method RULE --steps 40      # by a paper's rule
+"""
+
+# ruff: noqa: E402, F401
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+if str(ROOT) not in sys.path:
+    sys.path.insert(0, str(ROOT))  # for `import opd`
+
+from .experiments import (
+    TUNING_SEEDS,
+    build,
+    compare,
+    config_of,
+    fields_of,
+    gigaflop,
+    grid_of,
+    in_processes,
+    load_spec,
+    results_file,
+    run_one,
+    summary_of,
+)
+from .geometry import (
+    auroc,
+    foresight,
+    kl_by_position,
+    matrices,
+    norm_scaled,
+    spectrum,
+    subspace_alignment,
+    top_share,
+    update_geometry,
+    weights_of,
+)
+from .plots import (
+    BLUE,
+    GREEN,
+    GREY,
+    ORANGE,
+    PINK,
+    RED,
+    SKY,
+    cost_to,
+    draw_report,
+    interval,
+    markdown_table,
+    plot_comparison,
+    plot_metrics,
+    read_rows,
+    rows_of,
+    show_tokens,
+    style,
+    words,
+)
+from .recipes import (
+    aligned_prompts,
+    coherence,
+    cold_start,
+    continuation_advantage,
+    continue_rollout,
+    gradient_moments,
+    gradient_noise,
+    heads,
+    memory_estimate,
+    prompt_pool,
+    teacher_prefix,
+)
+from .reports import (
+    CHECKLIST,
+    UNKNOWN,
+    Verdict,
+    check,
+    checklist,
+    diagnosed,
+    provenance,
+    report,
+    same_model,
+    self_check,
+)
+from .rules import (
+    RULES,
+    divergence_advantage,
+    entropy_gate,
+    position_weights,
+    prune_weights,
+    tilted_teacher,
+    train,
+)
+from .trees import Tree, positions_of, through_eos
