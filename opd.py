@@ -301,7 +301,7 @@ def load_model(name_or_dir: str, role: str = "student", device: str = "cpu", see
     """A causal LM of transformers, from safetensors only.  role: student, teacher or reference.
     The student is fp32 (AdamW in pure bf16 moves nothing at lr 1e-6 [secondary]) and learns; others
     are frozen, in half precision on a GPU.  Eval mode: dropout would change what was sampled from.
-    A student's folder without weights: fresh ones, by seed.  InputError: no such model."""
+    A student's folder without weights: fresh ones, by seed."""
     folder, who = find(name_or_dir), f"{role} = {name_or_dir!r}"
     able = torch.cuda.is_available() and torch.cuda.is_bf16_supported(False)
     half = torch.bfloat16 if able else torch.float16
@@ -345,7 +345,7 @@ def eos_ids_of(model: Module) -> list[int]:
 
 def check_pair(student: Module, teacher: Module, student_tok: Any, teacher_tok: Any) -> int:
     """The size of the vocabulary that both models share; every distribution is sliced to it, as
-    embeddings carry padding rows.  Different EOS ids are warned of: the student may unlearn to
+    embeddings carry padding rows.  Different EOS ids are warned of: students may unlearn to
     stop [secondary: ms-swift #9526].  InputError names it."""
     vocab = student_tok.get_vocab()
     for i in sorted(i for _, i in vocab.items() ^ teacher_tok.get_vocab().items())[:1]:
@@ -707,8 +707,7 @@ def top_k_support(logp: Tensor, logq: Tensor | Scores, k: int, source: str = "st
 def kl_on_support(first: Tensor, second: Tensor, valid: Tensor, tail: str) -> Tensor:
     """KL(first||second) for log-probs read on a support, (..., K) each -> (...).  [derived]
     tail: renormalise, both divided by their mass on the support; bucket, all that is left out is
-    one more token: between 0 and the full KL.  An empty support: 0.  A tail that rounds to 0 counts
-    as the smallest step from 1: a teacher sure of the support still pulls mass into it."""
+    one more token: between 0 and the full KL.  A tail that rounds to 0 counts as a step from 1."""
     fine = tail in ("renormalise", "bucket")
     require(fine, f"tail = {tail!r}: must be renormalise or bucket for this divergence")
     if tail == "renormalise":
@@ -788,8 +787,7 @@ def gae(
 
     All (B, T), detached, 0 where masked; gamma, lam in [0, 1].  Behind the last token V is
     bootstrap (B,), or 0: right after a true EOS, while after a horizon's cut the value goes on.
-    lam = 1: return minus V; gamma = 0: r - V (V = -KL: vOPD); lam < 1: the critic's bias.
-    [reconstruction: a hypothesis of the survey; derived: the limits]"""
+    lam = 1: return minus V; gamma = 0: r - V (V = -KL: vOPD).  [reconstruction; derived: limits]"""
     reward, value = reward.detach(), value.detach()
     advantage, carry = torch.zeros_like(reward), torch.zeros_like(reward[:, 0])
     after = carry if bootstrap is None else bootstrap.detach()
@@ -1198,8 +1196,9 @@ def notes(c: Config, logp: Tensor, logq: Any, action: Tensor, advantage: Tensor)
     if isinstance(logq, Tensor):
         logq = (c.temperature * logq).log_softmax(-1)
         seen |= diagnose(logp, logq, action, top_k=c.top_k, min_prob=c.min_prob)
-        if c.negative == "route":
-            seen["gated"] &= seen["candidates"] > 0
+    if c.negative == "route":
+        share = candidates(logp, logq, action, c.top_k, c.min_prob, "teacher")[1]
+        seen["gated"] &= share.sum(-1) > 0
     return seen
 
 
@@ -1450,7 +1449,7 @@ def read_answers(answers: list, rollout: Rollout, k: int) -> Scores:
     for b, (answer, own) in enumerate(zip(answers, rows, strict=True)):
         for t, (at, token) in enumerate(zip(answer[len(answer) - len(own) :], own, strict=True)):
             listed = {int(i): entry["logprob"] for i, entry in at.items()}
-            ids[b, t] = torch.tensor(sorted(listed, key=listed.get, reverse=True)[:k])
+            ids[b, t] = torch.tensor(sorted(listed, key=listed.get, reverse=True)[:k]).view(k)
             logq[b, t] = torch.tensor([listed[i] for i in ids[b, t].tolist()])
             logq_a[b, t] = listed[token]
     return Scores(*(x.to(rollout.tokens.device) for x in (logq_a, ids, logq)))
@@ -1747,9 +1746,9 @@ def parse(argv: list[str]) -> tuple[list[str], dict[str, Any]]:
         text = text if equals else next(rest, "")
         kind = Config.model_fields[name].annotation if name in Config.model_fields else str
         nothing = text.lower() in ("null", "none") and type(None) in get_args(kind)
-        fields[name] = None if nothing else text
+        fields[name] = text
         with suppress(ValidationError):  # else Config will say what is wrong with it
-            fields[name] = TypeAdapter(kind).validate_strings(text)
+            fields[name] = None if nothing else TypeAdapter(kind).validate_strings(text)
     return words, fields
 
 
@@ -1774,6 +1773,8 @@ def run_command(argv: list[str]) -> None:
         require(words[0].is_file(), f"resume = {resume!r}: must be a run's folder")
         require(not done.exists(), f"resume = {resume!r}: that run is finished; see {done}")
     run = train(Config.load(*words, **fields), resume)
+    if RANK > 0:
+        return
     for who in ("student_before", "student_after", "teacher"):
         if test := run.result[who]:
             told = "accuracy {accuracy:.3f} ({low:.3f} to {high:.3f}), greedy {greedy:.3f}"

@@ -327,14 +327,15 @@ def test_candidates_are_validated_on_validation_prompts_with_the_same_noise(
 ):
     """Fault 9: at the run's temperature."""
     config, world, _ = ready(extrapolate="accuracy", temperature=temperature)
+    monkeypatch.setattr(opd, "EXTRAPOLATE_PROMPTS", 7)
     texts, rollouts, splits = spied(monkeypatch, world)
     costs = dict.fromkeys(("tokens_sampled", "flop_sample"), 0)
     score_of = opd.candidate_score(config, world, costs)
     first, again = score_of(world.student), score_of(world.student)
-    assert first == again and splits == [(4, "validation")]
+    assert first == again and splits == [(7, "validation")]
     assert texts[0][:2] == texts[1][:2] and torch.equal(texts[0][2], texts[1][2])
     assert texts[0][1] == temperature
-    assert len(texts[0][0]) == 4 and {split_of(text) for text in texts[0][0]} == {"validation"}
+    assert len(texts[0][0]) == 7 and {split_of(text) for text in texts[0][0]} == {"validation"}
     assert torch.equal(rollouts[0].tokens, rollouts[1].tokens)
     tokens = sum(int(r.mask.sum()) for r in rollouts)
     assert costs["tokens_sampled"] == tokens > 0 and costs["flop_sample"] > 0

@@ -302,11 +302,11 @@ def test_check_on_the_command_line(capsys, monkeypatch, tmp_path, main):
 
 @pytest.mark.parametrize(
     "words, message",
-    [(["check", "--stepz", "3"], "--stepz: unknown argument; did you mean --steps?"),
+    [(["check", "--stepz", "3"], "stepz = '3': unknown field; did you mean steps?"),
      (["check", "--steps", "x"], "steps = 'x'"),
      (["train", "--method", "magic"], "method = 'magic': must be one of opd_plus"),
      (["train"], "--method"), (["report", "none"], "run = 'none': must be a finished run"),
-     (["compare", "none.json"], "spec = 'none.json'"), (["fly"], "fly"), ([], "COMMAND"),
+     (["compare", "none.json"], "spec = 'none.json'"), (["fly"], "fly"), ([], "must be check"),
      (["train", "--method", "aopd", "--resume", "x", "--steps", "3"], "resume = 'x'")],
 )  # fmt: skip
 def test_bad_input_is_one_line_and_code_2(words, message, capsys, run_dir, main):

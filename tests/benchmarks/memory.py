@@ -7,7 +7,7 @@
 Student forward, teacher forward, loss, backward, on 8 responses of 256 tokens with a vocabulary of
 151,936; random two-layer Llamas 256 wide, fp32, no sampling and no optimizer.  plain: whole
 (B, T, V) log-probs of both models, reverse_kl, backward.  chunked: LogProbs and token_loss as
-train_step calls them; with diagnostics: and notes, as on a step that is looked at.  Each run has a process
+train_step calls them; with diagnostics: and notes, as on a diagnosed step.  Each run has a process
 of its own, variants take turns; the faster of two steps counts.  Reported: medians, over repeats,
 of the ratio to plain in the same turn; seconds by the clock, and of processor time, which a busy
 machine disturbs less; peak resident memory over what was resident before

@@ -16,7 +16,7 @@ import opd  # noqa: E402
 
 
 def by_size(c, world, rollout, teacher, reward, right):
-    """Tokens where the models differ weigh more: a row's weights have mean 1, half of it by size."""
+    """Tokens where the models differ weigh more: a row's weights have mean 1, half by size."""
     size = torch.where(rollout.mask, reward.abs(), 0.0)
     mean = size.sum(-1, keepdim=True) / rollout.mask.sum(-1, keepdim=True)
     plain = opd.weights(c, world, rollout, teacher, reward, right)
