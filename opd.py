@@ -1125,7 +1125,7 @@ def train_step(
     right = world.task.verify(prompts, rollout).to(rollout.mask.device)  # (B,)
     clock.append(time.perf_counter())
     teacher = None  # SCORES: of the N tokens, each [n] is (n, V), or Scores of some ids
-    if world.scorer:
+    if c.reads != "nothing" and world.scorer:
         teacher = world.scorer.score(rollout, c.top_k)[rollout.mask]
     elif c.reads != "nothing":
         teacher = world.log_probs(c, world.teacher, rollout)

@@ -57,14 +57,14 @@ def cut_off(**fields):
 
 
 def lying(load_task):
-    """load_task whose verifier finds all of EffOPD's validation texts wrong."""
+    """load_task whose verifier says the opposite of EffOPD's validation texts."""
 
     def load(*arguments):
         task = load_task(*arguments)
         verify = task.verify
 
         def judge(prompts, rollout):
-            return verify(prompts, rollout) & (len(prompts.text) != opd.EXTRAPOLATE_PROMPTS)
+            return verify(prompts, rollout) ^ (len(prompts.text) == opd.EXTRAPOLATE_PROMPTS)
 
         task.verify = judge
         return task
