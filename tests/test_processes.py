@@ -151,7 +151,10 @@ def test_the_cases_are_not_idle(two):
     assert any(row["correct"] < 1 for row in found["right"])
     tried = [row["extrapolated"] for row in found["effopd"] if row["extrapolated"] is not None]
     assert len(tried) == 3 and any(0 < k for k in tried) and any(k < 5 for k in tried)
-    states = [torch.load(two / f"{who}-critic" / opd.CHECKPOINT) for who in ("one", "two")]
+    states = [
+        torch.load(two / f"{who}-critic" / opd.CHECKPOINT, weights_only=True)
+        for who in ("one", "two")
+    ]
     critics = [state["critic"] for state in states]
     assert critics[0]["bias"].abs() > 1e-3
     for key, values in critics[0].items():
