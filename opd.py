@@ -5,7 +5,8 @@ an update.  The one equation: the KL between whole texts splits over the student
 
     KL(student(.|x) || teacher(.|x)) = E_{y ~ student} sum_t KL(p_t || q_t),
 
-so descending it needs text from the student, both models' log-probs on that text, and a gradient:
+so a step needs text from the student, both models' log-probs on that text, and a gradient, here
+with the states taken as given (section 6 has the rest of it):
 
     optimizer = torch.optim.AdamW(student.parameters(), lr, (0.9, 0.98), weight_decay=0.0)
     for step in range(steps):
@@ -21,8 +22,8 @@ so descending it needs text from the student, both models' log-probs on that tex
         optimizer.zero_grad()
 
 The rest turns each line into variables: who writes, how far, what the teacher says, how feedback
-becomes credit, which tokens count.  `train_step`, section 10, is this loop with all of them; a
-published method is one setting: METHODS; a paper that sets them in a new way is a rule of a few
+becomes credit, which tokens count.  `train_step`, section 10, is the loop's body with all of them.
+A published method is one setting: METHODS; a paper that sets them in a new way is a rule of a few
 lines in notebooks/lab/rules.py.  The view is the survey's, arXiv 2606.22793, of which only the
 abstract could be read.  Left out: LoRA, a reward model, several teachers, sharding.
 
@@ -32,7 +33,7 @@ Notation    s_t = (x, y_<t) the state    p = student(.|s_t)    q = teacher(.|s_t
 Shapes      B rows    P prompt tokens, left-padded    T response tokens    V vocabulary
             N = mask.sum(): a batch's response tokens, row by row, without padding; n some of them
 Tags        [paper] read in the paper, [code] read in its code, [secondary] abstracts, notes,
-            [reconstruction] our inference, [derived] proven here or in the tests
+            [reconstruction] our inference, [derived] shown in the tests
 
     python opd.py                                           # the main job: CPU, under a minute
     python opd.py --method opd --steps 60 --lr 1e-4         # any Config field is an option
@@ -42,6 +43,7 @@ Tags        [paper] read in the paper, [code] read in its code, [secondary] abst
     python notebooks/lab check --teacher NAME               # before training: will it work?
 """
 
+import ast
 import difflib
 import hashlib
 import importlib
@@ -57,7 +59,6 @@ import time
 import warnings
 from collections import Counter, namedtuple
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -67,13 +68,13 @@ import torch
 import transformers
 from einops import rearrange, reduce
 from matplotlib.figure import Figure
-from pydantic import BaseModel, Field, TypeAdapter, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 from torch import Tensor
 from torch.nn import Module
 from torch.nn.utils.rnn import pad_sequence
 from torch.optim import AdamW
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 transformers.utils.logging.disable_progress_bar()  # tqdm of our own loop is enough
 HERE = Path(__file__).resolve().parent
@@ -134,7 +135,7 @@ class Config(BaseModel, extra="forbid", strict=True, frozen=True, allow_inf_nan=
     growth: float = opt(0.6, "staircase, linear: share of the steps to grow in", gt=0, le=1)
     # feedback and its route; verifier: right or wrong; imitation: copy the text
     feedback: Literal["teacher", "verifier", "imitation"] = opt("teacher", "what judges")
-    route: Literal["direct", "policy_gradient"] = opt("direct", "A: divergence, B: log-ratio")
+    route: Literal["direct", "policy_gradient"] = opt("direct", "A: divergence, B: policy gradient")
     divergence: Literal["reverse_kl", "forward_kl", "jsd"] = opt("reverse_kl", "route A's")
     beta: float = opt(0.5, "jsd: the teacher's weight in the mixture", gt=0, lt=1)
     support: Whose = opt("full", "route A: the whole vocabulary, or the top_k of one or both")
@@ -159,7 +160,7 @@ class Config(BaseModel, extra="forbid", strict=True, frozen=True, allow_inf_nan=
     grad_clip: float = opt(1.0, "largest gradient norm", gt=0)
     extrapolate: Literal["none", "accuracy"] = opt("none", "EffOPD, and what it validates by")
     # run
-    seed: int = opt(0, "of prompts, noise and fresh weights", ge=0, lt=2**63)
+    seed: int = opt(0, "of prompts and noise", ge=0, lt=2**63)
     name: str | None = opt(None, "folder under runs; null: made up", pattern=r"^[\w+-][\w.+-]*$")
     runs: str = opt("runs", "where runs are written")
     eval_every: int = opt(10, "steps between validations; 0: never", ge=0)
@@ -170,7 +171,7 @@ class Config(BaseModel, extra="forbid", strict=True, frozen=True, allow_inf_nan=
 
     @property
     def reads(self) -> Literal["nothing", "token", "top_k", "all"]:
-        """What a step reads of the teacher at a state, at most."""
+        """What a step reads of the teacher at a state, at most (a diagnosis: all)."""
         if self.feedback != "teacher":
             return "nothing"
         if self.route == "direct":
@@ -297,25 +298,17 @@ def find(name: str) -> str:
     return next((str(path) for path in places if path.exists()), name)
 
 
-def load_model(name_or_dir: str, role: str = "student", device: str = "cpu", seed: Any = 0) -> Any:
+def load_model(name_or_dir: str, role: str = "student", device: str = "cpu") -> Module:
     """A causal LM of transformers, from safetensors only.  role: student, teacher or reference.
     The student is fp32 (AdamW in pure bf16 moves nothing at lr 1e-6 [secondary]) and learns; others
     are frozen, in half precision on a GPU.  Eval mode: dropout would change what was sampled from.
-    A student's folder without weights: fresh ones, by seed."""
+    InputError: no such model, or logits that are not the product of its output layer."""
     folder, who = find(name_or_dir), f"{role} = {name_or_dir!r}"
     able = torch.cuda.is_available() and torch.cuda.is_bf16_supported(False)
     half = torch.bfloat16 if able else torch.float16
     dtype = torch.float32 if role == "student" or device == "cpu" else half
-    suffixes = {path.suffix for path in Path(folder).glob("*")}  # none for a hub name
-    blank = ".json" in suffixes and not suffixes & {".safetensors", ".bin", ".pt", ".pth"}
     try:
-        if role == "student" and blank:
-            with torch.random.fork_rng(devices=[]):
-                torch.default_generator.manual_seed(seed)  # fresh weights are drawn on the CPU
-                config = AutoConfig.from_pretrained(folder)
-                model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-        else:
-            model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True)
     except Exception as error:  # transformers raises many kinds
         rule = "must be a folder here, or a hub model, with a causal LM in safetensors"
         raise InputError(f"{who}: {rule} ({error})") from error
@@ -590,7 +583,7 @@ class LogProbs:
         with torch.set_grad_enabled(grad), self.autocast:
             parts = [take(rollout, some) for some in torch.arange(B).split(rows or B)]
             self.body = torch.cat([hidden_states(model, part)[part.mask] for part in parts])
-        self.hidden = self.body.detach().requires_grad_(grad)  # (N, D)
+        self.hidden = self.body.detach().requires_grad_(grad)  # (N, D); gathers the gradient
 
     def __getitem__(self, n: slice) -> Tensor:
         hidden = self.hidden[n]
@@ -661,7 +654,7 @@ def forward_kl(logp: Tensor, logq: Tensor) -> Tensor:
 def jsd(logp: Tensor, logq: Tensor, beta: float) -> Tensor:
     """GKD's generalised JSD: beta KL(q||m) + (1 - beta) KL(p||m), m = beta q + (1 - beta) p.
     logp, logq (..., V) in nats -> (...), at most -beta ln beta - (1 - beta) ln(1 - beta).  It
-    vanishes at both ends: over beta it tends to forward_kl as beta -> 0, over 1 - beta to
+    vanishes at both ends: divided by beta it tends to forward_kl as beta -> 0, by 1 - beta to
     reverse_kl as beta -> 1.  So beta is no dial between the KLs, and the ends are refused with an
     InputError.  [secondary: GKD 2306.13649, TRL #3043; derived: the limits]"""
     require(0 < beta < 1, f"beta = {beta}: must be in (0, 1); at the ends the JSD is 0, use a KL")
@@ -734,7 +727,7 @@ def truncated_reverse_kl(
     extra gradient grad P: it drives mass out of S even at p = q  [derived; code: verl #5041]."""
     valid = support.valid
     lp, lq = logp.gather(-1, support.ids), at_ids(logq, support.ids, valid)
-    if tail == "stop_gradient":  # the value is sum_S (p/P) l; l log p alone would have any sign
+    if tail == "stop_gradient":  # 1 + lp - lp.detach() is 1, with the gradient of log p
         mass = torch.where(valid, lp.exp(), 0.0).sum(-1, keepdim=True).clamp(min=1e-30)
         terms = (kl_terms(lp, lq) / mass).detach() * (1 + lp - lp.detach())
     elif tail == "generalised":
@@ -758,8 +751,8 @@ def truncated_forward_kl(
 
 
 def log_ratio_reward(logp_a: Tensor, logq_a: Tensor) -> Tensor:
-    """r = log q(a) - log p(a), detached: (...) -> (...), nats, any sign; its mean is -KL(p||q).  A
-    live A would descend KL - H, whose optimum is sqrt(q) renormalised.  [code tinker; derived]"""
+    """r = log q(a) - log p(a), detached: (...) -> (...), nats, any sign; its mean is -KL(p||q).
+    Were it not detached, the optimum would be sqrt(q), normalised.  [code tinker; derived]"""
     return (logq_a - logp_a).detach()
 
 
@@ -772,7 +765,7 @@ def kl_baseline(logp: Tensor, logq: Tensor) -> Tensor:
 
 def leave_one_out(reward: Tensor, samples: int) -> Tensor:
     """Reward minus the mean of the prompt's other samples: (B,), or (B, T) position by position;
-    `samples` >= 2 neighbouring rows a prompt.  It has not seen its own row: unbiased.  [derived]"""
+    `samples` >= 2 neighbouring rows a prompt.  No row is in its own mean: unbiased.  [derived]"""
     groups = rearrange(reward, "(prompt s) ... -> prompt s ...", s=samples)
     others = (groups.sum(1, keepdim=True) - groups) / (samples - 1)
     return rearrange(groups - others, "prompt s ... -> (prompt s) ...")
@@ -893,9 +886,7 @@ def truncated_importance_weights(logp_a: Tensor, engine_logp: Tensor, cap: float
     return (logp_a - engine_logp).exp().clamp(max=cap).detach()
 
 
-def masked_mean(
-    x: Tensor, mask: Tensor, how: Mean = "token", total: int | Tensor | None = None
-) -> Tensor:
+def masked_mean(x: Tensor, mask: Tensor, how: Mean = "token", total: Any = None) -> Tensor:
     """One number from x (B, T) and mask (B, T); masked values may be anything, nan too.
 
         token           sum m x / total                 every token counts the same
@@ -907,7 +898,7 @@ def masked_mean(
     return (torch.where(mask, x, 0.0) * token_weights(mask, how, total)).sum()
 
 
-def token_weights(mask: Tensor, how: Mean = "token", total: int | Tensor | None = None) -> Tensor:
+def token_weights(mask: Tensor, how: Mean = "token", total: Any = None) -> Tensor:
     """The weight (B, T) of each token in `masked_mean`, with its arguments; 0 where masked."""
     fine = how in ("token", "sequence_sum", "sequence_mean")
     require(fine, f"how = {how!r}: must be token, sequence_sum or sequence_mean")
@@ -927,8 +918,8 @@ def horizon_at(step: int, config: Config) -> int:
 
     The end H is Config.horizon: tokens if an int, a share of max_tokens if a float; null: all.
         fixed        at once (TOPD: a tenth of max_tokens)  [secondary: 2605.31490, abstract]
-        linear       H_0 + (H - H_0) min(1, k / K), K = growth * steps  [secondary: 2602.15260]
-        staircase    in 4 equal rises: POPD's min(H, H_0 + rise floor(k / dwell))
+        linear       H_0 + (H - H_0) min(1, step / (growth steps))  [secondary: 2602.15260]
+        staircase    in 4 equal rises: POPD's min(H, H_0 + rise floor(step / dwell))
                      [secondary: 2605.31490; reconstruction: 4]"""
     require(config.max_tokens, "max_tokens = null: set it (training takes the task's own)")
     end = config.horizon or config.max_tokens
@@ -1049,7 +1040,8 @@ def judge(c: Config, world: World, rollout: Rollout, teacher: Any, right: Tensor
 
 
 def credit(c: Config, world: World, rollout: Rollout, reward: Tensor, step: int) -> Tensor:
-    """CREDIT (B, T): the advantage that route B multiplies with; vOPD's -KL goes in `token_loss`.
+    """CREDIT (B, T): the advantage that route B multiplies with.  vOPD's -KL needs all of p, and so
+    waits for `token_loss`.
     A critic (GAE-OPD): its gradient, of half the squared error to the GAE target, is left in place
     for the optimizer; in its first steps it only learns.  [reconstruction]"""
     mask, advantage = rollout.mask, reward
@@ -1090,7 +1082,8 @@ def token_loss(
 ) -> Tensor:
     """ROUTE, SUPPORT, ROUTING: the loss (n,) of some of the batch's N tokens, those of the slice n.
     logp (n, V) with gradient; logq (n, V), or Scores, or None where nothing more is read; action,
-    advantage, behaviour (n,): the token, its credit, its log-prob when drawn."""
+    advantage, behaviour (n,): the token, its credit, its log-prob when drawn, which only the plain
+    policy gradient reads: routing has no importance ratio."""
     logp_a = of_tokens(logp, action)
     if c.baseline == "kl":
         advantage = advantage - kl_baseline(logp, logq)
@@ -1118,13 +1111,13 @@ def train_step(
 ) -> dict[str, Any]:  # fmt: skip
     """One step, the survey's variables in order.  Returns the step's row of metrics.jsonl.
     judge, credit, weights, loss: your own in place of the functions above, with their arguments."""
-    clock, seen = [time.perf_counter()], []
+    clock, noted = [time.perf_counter()], []
     world.flop.clear()
     horizon, prompts = horizon_at(step, c), step_prompts(c, world, step)
     rollout = write(c, world, prompts, step, horizon)  # STATES
     right = world.task.verify(prompts, rollout).to(rollout.mask.device)  # (B,)
     clock.append(time.perf_counter())
-    teacher = None  # SCORES: of the N tokens, each [n] is (n, V), or Scores of some ids
+    teacher = None  # SCORES: its log-probs; [n] is (n, V), or Scores of some ids
     if c.reads != "nothing" and world.scorer:
         teacher = world.scorer.score(rollout, c.top_k)[rollout.mask]
     elif c.reads != "nothing":
@@ -1136,25 +1129,25 @@ def train_step(
     looking = c.diagnoses(step)
     if c.reads == "token" and loss is token_loss and not looking:
         teacher = None  # the reward was all there is to read
-    tables = (rollout.tokens, reward, advantage, weight, rollout.logprobs)
-    action, reward, advantage, w, behaviour = (x[rollout.mask] for x in tables)  # (N,) each
+    tables = (rollout.tokens, reward, advantage, weight, rollout.logprobs)  # from here on (N,) each
+    action, reward, advantage, weight, behaviour = (x[rollout.mask] for x in tables)
     for update in range(c.updates_per_rollout):
         start = 0  # tokens of the rows before: N is row by row
         for rows in torch.arange(len(right)).split(c.micro_batch or len(right)):
             student = world.log_probs(c, world.student, take(rollout, rows), grad=True)
-            for part in chunks(len(student.body), world.vocab["vocab_size"]):
-                n = slice(start + part.start, start + part.stop)
-                logp = student[part]  # (n, V)
+            for here in chunks(len(student.body), world.vocab["vocab_size"]):
+                n = slice(start + here.start, start + here.stop)  # the same tokens among all N
+                logp = student[here]  # (n, V)
                 logq = None if teacher is None else teacher[n]
                 each = loss(c, logp, logq, action[n], advantage[n], behaviour[n], n)  # ROUTE (n,)
-                (each * w[n]).sum().backward()
+                (each * weight[n]).sum().backward()
                 if update == 0:
                     log_ratio = of_tokens(logp, action[n]) - behaviour[n]
-                    seen.append(dict(loss=each * w[n], weight=w[n], log_ratio=log_ratio))
+                    noted.append(dict(loss=each * weight[n], weight=weight[n], log_ratio=log_ratio))
                     if looking:
-                        seen[-1] |= notes(c, logp, logq, action[n], advantage[n])
+                        noted[-1] |= notes(c, logp, logq, action[n], advantage[n])
                     if c.route == "policy_gradient":
-                        seen[-1]["reward"] = reward[n]
+                        noted[-1]["reward"] = reward[n]
             student.backward()
             start += len(student.body)
         norm = update_student(c, world, optimizer, step)  # UPDATE
@@ -1162,7 +1155,7 @@ def train_step(
     seconds = (end - begin for begin, end in itertools.pairwise(clock))
     row = dict(step=step + 1, horizon=horizon, lr=lr_at(step, c), grad_norm=norm)
     row |= zip(("sample_s", "score_s", "update_s"), seconds, strict=True)
-    return row | step_metrics(c, world, rollout, right, seen)
+    return row | step_metrics(c, world, rollout, right, noted)
 
 
 def update_student(c: Config, world: World, optimizer: AdamW, step: int) -> float:
@@ -1307,9 +1300,7 @@ def overlap(logp: Tensor, logq: Tensor | Scores, k: int) -> Overlap:
 
 
 @torch.no_grad()
-def diagnose(
-    logp: Tensor, logq: Tensor, action: Tensor, *, top_k: int, min_prob: float
-) -> dict[str, Tensor]:
+def diagnose(logp: Tensor, logq: Tensor, action: Tensor, *, top_k: int, min_prob: float) -> dict:
     """What the two distributions (n, V) say of each state and its token (n,): name -> (n,).
     agreement: do both likeliest tokens coincide; teacher_mass: the teacher's on the student's top
     4; unsupported: the student's where the teacher gives less than .001; candidates: the teacher's
@@ -1335,8 +1326,7 @@ def diagnose(
 VLLM_SETTINGS = dict(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_CPU_OMP_THREADS_BIND="nobind")
 VLLM_SETTINGS |= dict(VLLM_CPU_KVCACHE_SPACE="1", VLLM_LOGGING_LEVEL="ERROR")
 SYNC_GAP, SYNC_GAP_HALF = 1e-3, 0.1  # mean nats per token
-REMOTE_TEXTS, REMOTE_THREADS = 8, 8  # texts a request, requests at once
-REMOTE_TIMEOUT, REMOTE_RETRIES = 120.0, 8  # seconds for an answer; then the client's back-off
+REMOTE_TIMEOUT, REMOTE_RETRIES = 600.0, 8  # seconds for an answer; then the client's back-off
 
 
 class VLLMEngine:
@@ -1429,12 +1419,9 @@ class RemoteTeacher:
         rollout.mask is false ids 0 .. k - 1 at 0.  InputError: the answer lacks something."""
         ids = torch.cat([rollout.prompt_ids, rollout.tokens], dim=1)
         texts = real_tokens(ids, torch.cat([rollout.prompt_mask, rollout.mask], dim=1))
-        parts = [texts[i : i + REMOTE_TEXTS] for i in range(0, len(texts), REMOTE_TEXTS)]
-        path, body = "/v1/completions", dict(max_tokens=1, prompt_logprobs=k)
-        with ThreadPoolExecutor(REMOTE_THREADS) as pool:
-            said = [*pool.map(lambda part: self.ask(path, prompt=part, **body), parts)]
+        said = self.ask("/v1/completions", prompt=texts, max_tokens=1, prompt_logprobs=k)
         try:
-            answers = [choice["prompt_logprobs"] for part in said for choice in part["choices"]]
+            answers = [choice["prompt_logprobs"] for choice in said["choices"]]
             return read_answers(answers, rollout, k)
         except (LookupError, TypeError, ValueError, RuntimeError, AttributeError) as error:
             rule = f"must give each position's own token and the {k} best"
@@ -1475,7 +1462,7 @@ def load_world(c: Config) -> World:
         some = task.prompts(1, split)
         if c.states == "data":
             task.demonstrations(some)
-    student = load_model(c.student, device=device, seed=c.seed)
+    student = load_model(c.student, device=device)
     vocab = dict(eos_ids=eos_ids_of(student), vocab_size=size)
     world = World(student, None, tokenizer, task, vocab)
     world.autocast = torch.autocast(device, torch.bfloat16, enabled=bf16)
@@ -1485,8 +1472,8 @@ def load_world(c: Config) -> World:
         vocab["eos_ids"] = sorted({*vocab["eos_ids"], *eos_ids_of(world.teacher)})
     if c.baseline == "value":
         world.critic = torch.nn.Linear(student.get_input_embeddings().embedding_dim, 1).to(device)
-        torch.nn.init.zeros_(world.critic.weight)
-        torch.nn.init.zeros_(world.critic.bias)
+        for p in world.critic.parameters():
+            torch.nn.init.zeros_(p)
     probe = task.prompts(8, "train", seed="probe")
     length = 4 * probe.ids.shape[1] + task.max_tokens  # room for prompts longer than these
     if c.engine == "vllm":
@@ -1612,7 +1599,8 @@ def train(config: Config, resume: str | Path | None = None, **hooks: Callable) -
     TrainingStopped; KeyboardInterrupt, TeacherUnreachable: a checkpoint is saved."""
     unknown, n = sorted(hooks.keys() - {*HOOKS}), config.batch_size // config.samples_per_prompt
     require(not unknown, f"hooks = {unknown}: must be from {', '.join(HOOKS)}")
-    require(n % RANKS == 0, f"batch_size: its {n} prompts must divide among {RANKS} processes")
+    many = f"its {n} prompts must divide among {RANKS} processes"
+    require(n % RANKS == 0, f"batch_size = {config.batch_size}: {many}")
     folder = Path(resume) if resume else new_folder(config)
     named = {hook: f"{f.__module__}.{f.__qualname__}" for hook, f in hooks.items()}
     if resume:
@@ -1641,7 +1629,7 @@ def train(config: Config, resume: str | Path | None = None, **hooks: Callable) -
         rows = training_loop(run, world, optimizer, hooks)
         run.result["student_after"] = final_evaluation(c, world, world.student)
     except (TrainingStopped, KeyboardInterrupt, TeacherUnreachable) as error:
-        how = "python notebooks/lab train --method RULE" if hooks else "python opd.py"
+        how = "the same rule and" if hooks else "python opd.py"
         at = f"stopped after step {run.result['steps']} of {c.steps}; go on with: {how}"
         raise type(error)(f"{error or 'interrupted'}; {at} --resume {folder}") from None
     if RANK == 0:
@@ -1735,7 +1723,7 @@ def draw_curve(rows: list[dict], result: dict[str, Any], path: Path) -> None:
 
 
 def parse(argv: list[str]) -> tuple[list[str], dict[str, Any]]:
-    """Words, and fields from `--field value` or `--field=value`, as their type where they fit."""
+    """Words, and fields from `--field value` or `--field=value`; numbers as Python reads them."""
     words, fields = [], {}
     rest = iter(argv)
     for word in rest:
@@ -1745,10 +1733,12 @@ def parse(argv: list[str]) -> tuple[list[str], dict[str, Any]]:
         name, equals, text = word[2:].partition("=")
         text = text if equals else next(rest, "")
         kind = Config.model_fields[name].annotation if name in Config.model_fields else str
-        nothing = text.lower() in ("null", "none") and type(None) in get_args(kind)
-        fields[name] = text
-        with suppress(ValidationError):  # else Config will say what is wrong with it
-            fields[name] = None if nothing else TypeAdapter(kind).validate_strings(text)
+        kinds, fields[name] = get_args(kind) or (kind,), text
+        if text.lower() in ("null", "none") and type(None) in kinds:
+            fields[name] = None
+        elif int in kinds or float in kinds:
+            with suppress(ValueError, SyntaxError):  # else Config says what is wrong with it
+                fields[name] = ast.literal_eval(text)
     return words, fields
 
 

@@ -39,12 +39,17 @@ def test_student_learns_teacher_is_frozen_both_in_eval_mode():
     assert not student.training and not teacher.training
 
 
-def test_a_folder_without_weights_is_initialised_from_the_seed():
+def test_fresh_weights_come_from_the_seed_alone(tmp_path):
+    fresh = runpy.run_path(str(ROOT / "tiny_configs/build/build.py"))["fresh"]
     state = torch.random.get_rng_state()
-    a, b, c = (opd.load_model("tiny_configs/build/chain_d48", seed=s) for s in (0, 0, 1))
+    for name, seed in dict(a=0, b=0, c=1).items():
+        fresh("chain_d48", tmp_path / name, seed)
     assert torch.equal(torch.random.get_rng_state(), state)  # nobody else's randomness is touched
-    first, again, other = (m.lm_head.weight for m in (a, b, c))
+    first, again, other = (opd.load_model(str(tmp_path / n)).lm_head.weight for n in "abc")
     assert torch.equal(first, again) and not torch.equal(first, other)
+    assert opd.load_tokenizer(str(tmp_path / "a")).get_vocab()
+    with pytest.raises(opd.InputError, match="safetensors"):  # a folder without weights is no model
+        opd.load_model(str(ROOT / "tiny_configs/build/chain_d48"))
 
 
 def test_pickled_weights_are_refused(tmp_path):
@@ -58,14 +63,14 @@ def test_pickled_weights_are_refused(tmp_path):
 
 
 def test_logits_that_are_changed_after_the_head_are_refused(tmp_path):
-    from transformers import Gemma2Config
+    from transformers import Gemma2Config, Gemma2ForCausalLM
 
-    Gemma2Config(
+    config = Gemma2Config(
         vocab_size=9, hidden_size=16, intermediate_size=16, num_hidden_layers=1, head_dim=8,
         num_attention_heads=2, num_key_value_heads=2, final_logit_softcapping=0.05,
         initializer_range=1.0,
-        architectures=["Gemma2ForCausalLM"],
-    ).save_pretrained(tmp_path)  # fmt: skip
+    )  # fmt: skip
+    Gemma2ForCausalLM(config).save_pretrained(tmp_path)
     with pytest.raises(opd.InputError, match="its head's output"):
         opd.load_model(str(tmp_path))
 

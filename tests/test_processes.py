@@ -190,7 +190,7 @@ def test_two_go_on_from_two(two):
 
 
 def test_a_batch_that_does_not_divide_is_refused(two):
-    said = "2 opd.py: batch_size: its 9 prompts must divide among 2 processes"
+    said = "2 opd.py: batch_size = 9: its 9 prompts must divide among 2 processes"
     for rank in (0, 1):
         assert (two.parent / f"refused-{rank}").read_text().splitlines() == [said]
     assert not (two / "never").exists()

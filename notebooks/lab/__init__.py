@@ -17,10 +17,13 @@ if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))  # for `import opd`
 
 from .experiments import (
+    EDITION,
     TUNING_SEEDS,
+    best_rates,
     build,
     compare,
     config_of,
+    evidence,
     fields_of,
     gigaflop,
     grid_of,
@@ -32,7 +35,11 @@ from .experiments import (
 )
 from .geometry import (
     auroc,
+    coherence,
+    entropy_of,
     foresight,
+    gradient_moments,
+    gradient_noise,
     kl_by_position,
     matrices,
     norm_scaled,
@@ -64,16 +71,14 @@ from .plots import (
 )
 from .recipes import (
     aligned_prompts,
-    coherence,
     cold_start,
     continuation_advantage,
     continue_rollout,
-    gradient_moments,
-    gradient_noise,
     heads,
     memory_estimate,
     prompt_pool,
     teacher_prefix,
+    with_recipe,
 )
 from .reports import (
     CHECKLIST,

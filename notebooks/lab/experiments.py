@@ -20,11 +20,12 @@ from tqdm import tqdm
 import opd
 
 from . import rules
-from .geometry import foresight
+from .geometry import entropy_of, foresight, gradient_noise
 from .plots import interval, rows_of
-from .recipes import gradient_noise
+from .recipes import with_recipe
 from .reports import check
 
+EDITION = 2  # of the results: opd.py as it is now
 TUNING_SEEDS = (100, 101)
 MEASURED = ("kl", "entropy", "unsupported", "gated", "weight")  # of the last steps
 DIAGNOSIS = ("agreement", "teacher_mass", "overlap", "overlap_mass", "overlap_mass_teacher")
@@ -34,11 +35,8 @@ DIAGNOSIS += ("overlap_advantage", "entropy_gap")
 def load_spec(path: str | Path) -> dict[str, Any]:
     """A comparison: {"about", "base": fields, "variants": name -> fields, "lr": grid}, all needed.
 
-    A variant may carry its own "lr" grid.  "choose": "kl" takes the learning rate with the lowest
-    KL to the teacher instead of the best accuracy; "measure": noise, foresight, diagnosis, check or
-    entropy, see run_one.
-    InputError names what is missing.  The fields are looked at only by what has to run: `compare`
-    reads complete results whatever their fields.
+    A variant may carry its own "lr" grid.  "choose": see best_rates; "measure": see run_one.
+    InputError names what is missing.  Only what has to run looks at the fields.
     """
     try:
         given = json.loads(Path(path).read_text())
@@ -63,13 +61,16 @@ def fields_of(spec: dict[str, Any], name: str, lr: float, seed: int) -> dict[str
 
 
 def config_of(fields: dict[str, Any]) -> tuple[opd.Config, dict[str, Callable]]:
-    """The Config of one run, and the hooks of its method where that is a rule of RULES."""
-    given = dict(fields)
+    """The Config of one run, and the hooks of its method where that is a rule of RULES.
+
+    fields: Config's, and "rule", the rule's own arguments, and "recipe", which is left out here.
+    """
+    given = {name: value for name, value in fields.items() if name not in ("rule", "recipe")}
     rule = rules.RULES.get(given.get("method"))
     if rule is None:
         return opd.Config.load(**given), {}
     given.pop("method")
-    own, hooks = rule()
+    own, hooks = rule(**fields.get("rule", {}))
     return opd.Config.load(**{**own, **given}), hooks
 
 
@@ -78,49 +79,43 @@ def gigaflop(row: dict[str, Any]) -> float:
     return (row["flop_sample"] + row["flop_score"] + row["flop_update"]) / 1e9
 
 
+build = runpy.run_path(str(opd.HERE / "tiny_configs/build/build.py"))["build"]
 CHECKED = ("student", "teacher", "gain", "agreement", "teacher_mass", "overlap", "kl", "horizon")
 
 
-def build(name: str) -> None:
-    """Make the model runs/build-NAME/model by tiny_configs/build/NAME.json, if it is not there.
+COUNTED = ("step", "tokens_sampled", "flop_sample", "flop_score", "flop_update")
 
-    The model is saved once more in half precision, as the shipped ones are.  The synonym models
-    learn from soft labels, by tiny_configs/build/soft_labels.py.
-    """
-    folder, here = Path(name).parent, opd.HERE / "tiny_configs/build"
-    if not folder.name.startswith("build-") or folder.exists():
-        return
-    config, hooks = opd.Config.load(here / f"{folder.name[6:]}.json"), {}
-    build(config.student)
-    if config.task.startswith("synonyms"):
-        hooks = runpy.run_path(str(here / "soft_labels.py"))["soft_labels"](config.task)
-    if not folder.exists():
-        run = opd.train(config, **hooks)
-        run.model.half().save_pretrained(run.dir / "model")
+
+def rows_through(runs: list[opd.Run]) -> list[dict]:
+    """The metrics of runs that follow each other, as of one: steps and costs go on."""
+    rows = []
+    for run in runs:
+        start = dict.fromkeys(COUNTED, 0) | {key: rows[-1][key] for key in COUNTED if rows}
+        rows += [row | {key: row[key] + start[key] for key in COUNTED} for row in rows_of(run)]
+    return rows
 
 
 def run_one(fields: dict[str, Any], extra: str | None = None) -> dict[str, Any]:
-    """One run: its fields, test accuracy, costs, and a curve.
+    """One run, by its rule and recipe: its fields, test accuracy, costs, and a curve.
 
     A row of the curve: step, tokens sampled, seconds of the steps without validation, validation
     accuracy, GFLOP.  metrics: means over the last five steps, GFLOP in all, and what `extra` adds:
     noise, of one batch's gradient at the start over the norm of the mean (8 batches); foresight;
     diagnosis, means of the first and the last five steps; check, what `lab.check` said before;
     or the student's entropy at the end, on its text after validation prompts.
-    Every step is diagnosed where there is an `extra`, else as the fields say: means are over the
-    steps that are.
     """
     torch.set_num_threads(1)
-    config, hooks = config_of({**(dict(diagnose_every=1) if extra else {}), **fields})
+    config, hooks = config_of(dict(diagnose_every=1) | fields)
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
-        run = opd.train(config.model_copy(update=dict(runs=folder)), **hooks)
-        rows = rows_of(run)
+        here = config.model_copy(update=dict(runs=folder))
+        runs = with_recipe(here, fields.get("recipe", {}), **hooks)
+        rows, run = rows_through(runs), runs[-1]
     spent = itertools.accumulate(r["sample_s"] + r["score_s"] + r["update_s"] for r in rows)
     curve = [
         [r["step"], r["tokens_sampled"], round(s, 2), r["accuracy"], round(gigaflop(r), 2)]
         for r, s in zip(rows, spent, strict=True) if r["accuracy"] is not None
     ]  # fmt: skip
-    before, after = run.result["student_before"], run.result["student_after"]
+    before, after = runs[0].result["student_before"], run.result["student_after"]
     at_end = dict(accuracy=after["accuracy"], greedy=after["greedy"], before=before["accuracy"])
     seen = [key for key in MEASURED if rows[-1][key] is not None]
     metrics = {key: round(mean_of(rows[-5:], key), 5) for key in seen}
@@ -139,14 +134,10 @@ def run_one(fields: dict[str, Any], extra: str | None = None) -> dict[str, Any]:
         metrics = {k: round(verdict.numbers[k], 4) for k in CHECKED}
         at_end |= dict(decision=verdict.decision, teacher=run.result["teacher"]["accuracy"])
     if extra == "entropy":
-        world = opd.load_world(config)
-        prompts = world.task.prompts(256, "validation")
-        noise = torch.rand(256, world.task.max_tokens, generator=opd.keyed_generator("entropy"))
-        text = opd.sample(run.model, prompts, horizon=noise.shape[1], noise=noise, **world.vocab)
-        with torch.no_grad():
-            values = opd.entropy(opd.score(run.model, text))
-        metrics["entropy, ordinary prompts"] = round(opd.masked_mean(values, text.mask).item(), 5)
-    return dict(fields=fields, **at_end, tokens=run.result["tokens"], curve=curve, metrics=metrics)
+        metrics["entropy, ordinary prompts"] = round(entropy_of(config, run.model), 5)
+    tokens = {key: sum(each.result["tokens"][key] for each in runs) for key in run.result["tokens"]}
+    found = dict(edition=EDITION, fields=fields, **at_end, tokens=tokens)
+    return found | dict(curve=curve, metrics=metrics)
 
 
 def mean_of(rows: list[dict], key: str) -> float:
@@ -159,58 +150,79 @@ def results_file(path: str | Path) -> Path:
     return Path(path).with_suffix(".results.json")
 
 
-def compare(path: str | Path, seeds: int = 5, workers: int = 2) -> dict[str, dict[str, Any]]:
-    """Run what is missing of a spec, keep every result beside it, and return variant -> summary.
+def result_of(done: list[dict], fields: dict[str, Any]) -> dict[str, Any]:
+    """The result with these fields.  InputError: it has not been run."""
+    found = next((result for result in done if result["fields"] == fields), None)
+    opd.require(found, f"no result for {fields}; run `python notebooks/lab compare SPEC.json`")
+    return found
 
-    Each variant gets the learning rate with the best final validation accuracy on two tuning seeds
-    (ties: the best mean over the curve; or see load_spec), then `seeds` fresh seeds, evaluated on
-    test prompts.  A method may be a rule of RULES.  InputError: fields of a run that is missing.
+
+def best_rates(spec: dict[str, Any], done: list[dict]) -> dict[str, float]:
+    """Variant -> learning rate: the best final validation accuracy on the tuning seeds.
+
+    Ties: the best mean over the curve.  "choose": "kl" in the spec takes the lowest KL instead.
     """
-    spec, file = load_spec(path), results_file(path)
-    names, done = list(spec["variants"]), json.loads(file.read_text()) if file.exists() else []
-
-    def found(fields: dict) -> dict | None:
-        return next((d for d in done if d["fields"] == fields), None)
-
-    def keep(result: dict) -> None:
-        done.append(result)
-        ordered = sorted(json.dumps(each, sort_keys=True) for each in done)
-        opd.write_file(file, "[\n" + ",\n".join(ordered) + "\n]\n")
-
-    def missing_of(name_lr_seed: list[tuple]) -> list[dict]:
-        missing = [f for f in (fields_of(spec, *each) for each in name_lr_seed) if not found(f)]
-        for fields in missing:
-            config_of(fields)  # raises InputError
-        return missing
-
-    def run(name_lr_seed: list[tuple]) -> None:
-        missing = missing_of(name_lr_seed)
-        for fields in missing:
-            build(fields.get("student") or "")
-            build(fields.get("teacher") or "")
-        if not missing:
-            return
-        job = partial(run_one, extra=spec["measure"])
-        with tqdm(total=len(missing), desc=file.stem, disable=None) as bar:
-            for result in in_processes(job, missing, workers):
-                keep(result)
-                bar.update()
 
     def quality(name: str, lr: float) -> tuple[float, float]:
-        tuning = [found(fields_of(spec, name, lr, seed)) for seed in TUNING_SEEDS]
+        tuning = [result_of(done, fields_of(spec, name, lr, seed)) for seed in TUNING_SEEDS]
         if spec["choose"] == "kl":
             return -mean(t["metrics"]["kl"] for t in tuning), 0.0
         curves = [t["curve"] for t in tuning]
         return mean(c[-1][3] for c in curves), mean(row[3] for c in curves for row in c)
 
-    grids = {n: grid_of(spec, n) for n in names}
-    choice = [(n, lr) for n, grid in grids.items() if len(grid) > 1 for lr in grid]
-    missing_of([(n, g[0], 0) for n, g in grids.items() if len(g) == 1])  # before anything runs
-    run([(n, lr, seed) for n, lr in choice for seed in TUNING_SEEDS])
-    best = {n: max(g, key=partial(quality, n)) if len(g) > 1 else g[0] for n, g in grids.items()}
-    run([(n, best[n], seed) for n in names for seed in range(seeds)])
-    runs = {n: [found(fields_of(spec, n, best[n], seed)) for seed in range(seeds)] for n in names}
-    return {n: summary_of(runs[n], runs[names[0]], grid_of(spec, n)) for n in names}
+    grids = {name: grid_of(spec, name) for name in spec["variants"]}
+    return {n: max(g, key=partial(quality, n)) if len(g) > 1 else g[0] for n, g in grids.items()}
+
+
+def evidence(path: str | Path, seeds: int = 5) -> dict[str, dict[str, Any]]:
+    """What a spec's results say, variant -> summary_of its seeds; nothing is run.
+
+    InputError: a result is missing.
+    """
+    spec, done = load_spec(path), json.loads(results_file(path).read_text())
+    rates = best_rates(spec, done)
+    runs = {
+        name: [result_of(done, fields_of(spec, name, lr, seed)) for seed in range(seeds)]
+        for name, lr in rates.items()
+    }
+    first = next(iter(runs.values()))
+    return {name: summary_of(runs[name], first, grid_of(spec, name)) for name in runs}
+
+
+def compare(path: str | Path, seeds: int = 5, workers: int = 2) -> dict[str, dict[str, Any]]:
+    """Run what is missing of a spec, keep every result beside it, and return its `evidence`.
+
+    First every learning rate of a grid on two tuning seeds, then the best one of each variant on
+    `seeds` fresh seeds, evaluated on test prompts.  A method may be a rule of RULES.
+    InputError: fields of a run that is missing; results of another edition.
+    """
+    spec, file = load_spec(path), results_file(path)
+    done = json.loads(file.read_text()) if file.exists() else []
+    old = [result for result in done if result.get("edition") != EDITION]
+    opd.require(not old, f"{file}: {len(old)} results of an old edition; delete it")
+    grids = {name: grid_of(spec, name) for name in spec["variants"]}
+
+    def missing(runs: list[tuple]) -> list[dict]:
+        wanted = [fields_of(spec, *each) for each in runs]
+        return [fields for fields in wanted if fields not in [result["fields"] for result in done]]
+
+    def run(runs: list[tuple]) -> None:
+        fields = missing(runs)
+        for each in fields:
+            build(each.get("student") or "")
+            build(each.get("teacher") or "")
+        job = partial(run_one, extra=spec["measure"])
+        for result in tqdm(in_processes(job, fields, workers), file.stem, len(fields)):
+            done.append(result)
+            ordered = sorted(json.dumps(each, sort_keys=True) for each in done)
+            opd.write_file(file, "[\n" + ",\n".join(ordered) + "\n]\n")
+
+    for fields in missing([(name, grid[0], 0) for name, grid in grids.items()]):
+        config_of(fields)  # InputError before anything runs
+    choice = [(name, lr) for name, grid in grids.items() if len(grid) > 1 for lr in grid]
+    run([(name, lr, seed) for name, lr in choice for seed in TUNING_SEEDS])
+    run([(name, lr, seed) for name, lr in best_rates(spec, done).items() for seed in range(seeds)])
+    return evidence(path, seeds)
 
 
 def in_processes(function: Any, inputs: list, workers: int) -> Any:

@@ -1,8 +1,10 @@
-"""Shapes: of an update, by its singular values; of the feedback, over a text and over texts."""
+"""Shapes: of an update, by its singular values; of gradients; of the feedback over a text."""
 
 import math
 import tempfile
+from collections.abc import Callable
 from statistics import mean
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -96,6 +98,64 @@ def auroc(value: Tensor, right: Tensor) -> float:
     """
     gap = value[right][:, None] - value[~right]  # (right, wrong)
     return float(((gap > 0).double() + (gap == 0).double() / 2).mean())
+
+
+def gradient_moments(
+    config: opd.Config, world: opd.World, batches: int, first: int = 0, **hooks: Callable
+) -> tuple[float, float]:
+    """(|mean g|^2, mean |g|^2) of the gradients g of some batches; no weight is touched.
+
+    first: the first batch's number as a step; hooks: as in `opd.train`.  The ratio of the two is
+    the batches' coherence: 1 when all ask for the same change, 1 / batches when they have nothing
+    in common.  [reconstruction; derived: its limits]
+    """
+    sizes, weights = [], [*world.student.parameters()]
+    total = [torch.zeros_like(p) for p in weights]
+    moving = weights + [*world.critic.parameters()] if world.critic else weights
+    config = config.model_copy(update=dict(grad_clip=1e9))
+
+    def look() -> None:
+        sizes.append(sum(float(p.grad.square().sum()) for p in weights))
+        for whole, p in zip(total, weights, strict=True):
+            whole += p.grad
+
+    def forget() -> None:
+        for p in moving:
+            p.grad = None
+
+    watcher = SimpleNamespace(param_groups=[dict(params=moving)], step=look, zero_grad=forget)
+    for step in range(first, first + batches):
+        opd.train_step(config, world, watcher, step, **hooks)
+    return sum(float((g / batches).square().sum()) for g in total), sum(sizes) / batches
+
+
+def gradient_noise(config: opd.Config, batches: int = 16, **hooks: Callable) -> tuple[float, float]:
+    """Norm of the mean gradient, and root mean square distance of one batch's gradient to it."""
+    world = opd.load_world(config)
+    config = config.model_copy(update=dict(max_tokens=world.task.max_tokens))
+    mean_of, each = gradient_moments(config, world, batches, **hooks)
+    return math.sqrt(mean_of), math.sqrt((each - mean_of) * batches / (batches - 1))
+
+
+def coherence(config: opd.Config, world: opd.World, prompts: int = 8, **hooks: Callable) -> float:
+    """The coherence of single prompts' gradients, as after the run's last step; nan: all are 0.
+
+    [reconstruction]
+    """
+    one = dict(batch_size=config.samples_per_prompt, micro_batch=None, updates_per_rollout=1)
+    config = config.model_copy(update=one)
+    mean_of, each = gradient_moments(config, world, prompts, first=opd.MANY, **hooks)
+    return mean_of / each if each else math.nan
+
+
+@torch.no_grad()
+def entropy_of(config: opd.Config, model: Module) -> float:
+    """The mean entropy per token of a model's own text after 256 validation prompts, in nats."""
+    world = opd.load_world(config)
+    prompts = world.task.prompts(256, "validation")
+    noise = torch.rand(256, world.task.max_tokens, generator=opd.keyed_generator("entropy"))
+    text = opd.sample(model, prompts, horizon=noise.shape[1], noise=noise, **world.vocab)
+    return opd.masked_mean(opd.entropy(opd.score(model, text)), text.mask).item()
 
 
 def foresight(fields: dict[str, Any], run: opd.Run) -> dict[str, float]:

@@ -1,10 +1,9 @@
-"""Recipes around `opd.train`: prefixes, prompts, a cold start; gradients and memory of a run."""
+"""Recipes around `opd.train`: prefixes, prompts, a cold start; the memory of a run."""
 
-import math
 import random
 from collections.abc import Callable
 from dataclasses import replace
-from types import SimpleNamespace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -81,11 +80,16 @@ def continuation_advantage(
     return found
 
 
-# Prompts are data: a task made of another one.  To train with it, write a task file:
-#
-#     def make_task(name, tokenizer):
-#         return lab.prompt_pool(opd.load_task("chain", tokenizer), 64)
+# Prompts are data: a task made of another one.  To train with it, write a task file like this:
 
+TASK_FILE = """import lab
+import opd
+
+
+def make_task(name, tokenizer):
+    task = opd.load_task({task!r}, tokenizer)
+    return {made}
+"""
 CANDIDATES = 4  # prompts asked for each one that is taken by confidence
 
 
@@ -156,52 +160,31 @@ def cold_start(config: opd.Config, steps: int, **hooks: Callable) -> tuple[opd.R
     return first, opd.train(config, **hooks)
 
 
-def gradient_moments(
-    config: opd.Config, world: opd.World, batches: int, first: int = 0, **hooks: Callable
-) -> tuple[float, float]:
-    """(|mean g|^2, mean |g|^2) of the gradients g of some batches; no weight is touched.
+def with_recipe(config: opd.Config, recipe: dict[str, Any], **hooks: Callable) -> list[opd.Run]:
+    """The runs of a config with a recipe around it; hooks: of the last.
 
-    first: the first batch's number as a step; hooks: as in `opd.train`.  The ratio of the two is
-    the batches' coherence: 1 when all ask for the same change, 1 / batches when they have nothing
-    in common.  [reconstruction; derived: its limits]
+    pool         64: so many training prompts for ever, see `prompt_pool`
+    aligned      a task, or "confidence": training prompts the teacher knows, see `aligned_prompts`;
+                 share: of them, default 1
+    cold_start   20: so many of the config's steps imitate the teacher first, see `cold_start`
+    InputError: another recipe.
     """
-    sizes, weights = [], [*world.student.parameters()]
-    total = [torch.zeros_like(p) for p in weights]
-    moving = weights + [*world.critic.parameters()] if world.critic else weights
-    config = config.model_copy(update=dict(grad_clip=1e9))
-
-    def look() -> None:
-        sizes.append(sum(float(p.grad.square().sum()) for p in weights))
-        for whole, p in zip(total, weights, strict=True):
-            whole += p.grad
-
-    def forget() -> None:
-        for p in moving:
-            p.grad = None
-
-    watcher = SimpleNamespace(param_groups=[dict(params=moving)], step=look, zero_grad=forget)
-    for step in range(first, first + batches):
-        opd.train_step(config, world, watcher, step, **hooks)
-    return sum(float((g / batches).square().sum()) for g in total), sum(sizes) / batches
-
-
-def gradient_noise(config: opd.Config, batches: int = 16, **hooks: Callable) -> tuple[float, float]:
-    """Norm of the mean gradient, and root mean square distance of one batch's gradient to it."""
-    world = opd.load_world(config)
-    config = config.model_copy(update=dict(max_tokens=world.task.max_tokens))
-    mean_of, each = gradient_moments(config, world, batches, **hooks)
-    return math.sqrt(mean_of), math.sqrt((each - mean_of) * batches / (batches - 1))
-
-
-def coherence(config: opd.Config, world: opd.World, prompts: int = 8, **hooks: Callable) -> float:
-    """The coherence of single prompts' gradients, as after the run's last step; nan: all are 0.
-
-    [reconstruction]
-    """
-    one = dict(batch_size=config.samples_per_prompt, micro_batch=None, updates_per_rollout=1)
-    config = config.model_copy(update=one)
-    mean_of, each = gradient_moments(config, world, prompts, first=opd.MANY, **hooks)
-    return mean_of / each if each else math.nan
+    wrong = sorted(recipe.keys() - {"pool", "aligned", "share", "cold_start"})
+    opd.require(not wrong, f"recipe = {wrong}: must be pool, aligned and share, cold_start")
+    if source := recipe.get("aligned"):
+        by = f"opd.load_task({source!r}, tokenizer)"
+        by = f"opd.load_model({config.teacher!r}, 'teacher')" if source == "confidence" else by
+        made = f"lab.aligned_prompts(task, {by}, {recipe.get('share', 1.0)})"
+    if "pool" in recipe:
+        made = f"lab.prompt_pool(task, {recipe['pool']})"
+    if {"pool", "aligned"} & {*recipe}:
+        file = Path(config.runs).resolve() / "task.py"
+        file.write_text(TASK_FILE.format(task=config.task, made=made))
+        config = config.model_copy(update=dict(task=str(file)))
+    if steps := recipe.get("cold_start"):
+        config = config.model_copy(update=dict(steps=config.steps - steps))
+        return [*cold_start(config, steps, **hooks)]
+    return [opd.train(config, **hooks)]
 
 
 def memory_estimate(
