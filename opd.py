@@ -235,12 +235,15 @@ class Config(BaseModel, extra="forbid", strict=True, frozen=True, allow_inf_nan=
             raise InputError(f"config = {str(path)!r}: must be a JSON file ({error})") from None
         require(isinstance(given, dict), f"config = {str(path)!r}: must be a JSON file of fields")
         given.pop("hooks", None)  # a run's
+        method = overrides.get("method", given.get("method"))
+        other = f"method = {method!r}: {path} is of another"
+        require(given.get("method", method) == method, other)
         try:
             return cls(**{**given, **overrides})
         except ValidationError as error:
             bad = error.errors()[0]
         name, why = "".join(map(str, bad["loc"][:1])), bad["msg"].removeprefix("Value error, ")
-        require(name, why)  # a refusal of ours
+        require(name, why)  # our own validator's
         if bad["type"] == "extra_forbidden":
             close = difflib.get_close_matches(name, cls.model_fields, n=1)
             why = f"unknown field; did you mean {close[0]}?" if close else "unknown; see --help"
@@ -267,14 +270,14 @@ METHODS: dict[str, dict[str, Any]] = {
     "prefix": dict(schedule="linear", horizon_start=6, growth=1.0),
     # EffOPD 2605.11739: extrapolate the parameters at steps 1, 2, 4, 8, ...  [paper; code]
     "effopd": dict(extrapolate="accuracy"),
-    # GKD 2306.13649: mixed states, generalised JSD  [secondary]
+    # GKD 2306.13649: mixed states, generalised JSD; KD: forward KL on the teacher's own text; SFT:
+    # imitation of demonstrations  [secondary; derived]
     "gkd": dict(states="data", student_share=0.5, divergence="jsd", beta=0.5),
-    # off-policy: forward KL on the teacher's own text; fine-tuning on demonstrations  [derived]
     "kd": dict(states="teacher", feedback="teacher", route="direct", divergence="forward_kl"),
     "sft": dict(states="data", feedback="imitation", route="direct"),
     # the sparse rival: right or wrong, against the prompt's other samples  [derived]
-    "reinforce": dict(feedback="verifier", route="policy_gradient", baseline="leave_one_out")
-    | dict(samples_per_prompt=4),
+    "reinforce": dict(feedback="verifier", route="policy_gradient", samples_per_prompt=4)
+    | dict(baseline="leave_one_out"),
 }
 
 
@@ -332,7 +335,8 @@ def load_tokenizer(name_or_dir: str, role: str = "student") -> Any:
 
 def eos_ids_of(model: Module) -> list[int]:
     """The ids at which this model stops: its generation config's, else its config's."""
-    ids = getattr(model.generation_config, "eos_token_id", None) or model.config.eos_token_id
+    ids = getattr(model.generation_config, "eos_token_id", None)
+    ids = model.config.eos_token_id if ids is None else ids
     return [] if ids is None else sorted({ids} if isinstance(ids, int) else set(ids))
 
 
@@ -917,6 +921,7 @@ def horizon_at(step: int, config: Config) -> int:
     """Tokens a rollout may have at this step (counted from 0), between 1 and config.max_tokens.
 
     The end H is Config.horizon: tokens if an int, a share of max_tokens if a float; null: all.
+    It is reached once growth * steps steps are done: with growth 1, not before the last.
         fixed        at once (TOPD: a tenth of max_tokens)  [secondary: 2605.31490, abstract]
         linear       H_0 + (H - H_0) min(1, step / (growth steps))  [secondary: 2602.15260]
         staircase    in 4 equal rises: POPD's min(H, H_0 + rise floor(step / dwell))
@@ -937,7 +942,8 @@ def horizon_at(step: int, config: Config) -> int:
 def forward_flops(model: Module, positions: float, pairs: float, logits: float) -> float:
     """FLOPs of a dense model's forward pass: 2 M positions + 4 L a pairs + 2 D V logits.  [derived]
     M the layers' matrices, a heads * head size; pairs: sum over positions of those each attends to;
-    logits: positions with logits.  Backward: twice.  Mixtures of experts: too much."""
+    logits: positions with logits; a text read at once: the whole square of pairs.  Backward: twice.
+    Mixtures of experts: too much."""
     layers = (m for m in model.base_model.modules() if not isinstance(m, torch.nn.Embedding))
     weights = (p for m in layers for p in m.parameters(recurse=False))
     matrices, c = sum(p.numel() for p in weights if p.dim() > 1), model.config
@@ -959,6 +965,9 @@ def writing_flops(model: Module, context: int, drawn: Tensor) -> float:
 
 VALUE_LR, VALUE_WARMUP = 1e-2, 5  # the critic's rate; steps in which it only learns
 EXTRAPOLATE_PROMPTS = 50  # of each validation of EffOPD's
+DIAGNOSED = ("kl", "reward", "entropy", "teacher_entropy", "entropy_gap", "agreement", "gated")
+DIAGNOSED += ("teacher_mass", "unsupported", "overlap", "overlap_mass", "overlap_mass_teacher")
+DIAGNOSED += ("overlap_advantage", "candidates", "engine_gap", "ratio_max")  # null if not measured
 RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # of torchrun
 
 
@@ -993,7 +1002,9 @@ def all_reduce(x: Tensor, how: str = "SUM") -> Tensor:
 
 def step_prompts(c: Config, world: World, step: int) -> Prompts:
     """This process's rows of a step's prompts, each repeated; they depend on seed and step."""
-    some = world.task.prompts(c.batch_size // c.samples_per_prompt, "train", f"{c.seed} {step}")
+    n = c.batch_size // c.samples_per_prompt
+    some = world.task.prompts(n, "train", f"{c.seed} {step}")
+    require(len(some.text) == n, f"task = {c.task!r}: must draw the {n} prompts asked for")
     return take(some, torch.arange(c.batch_size).chunk(RANKS)[RANK] // c.samples_per_prompt)
 
 
@@ -1009,8 +1020,7 @@ def write(c: Config, world: World, prompts: Prompts, step: int, horizon: int) ->
         tokens, mask = world.task.show(prompts)
         finished, nan = ~mask[:, horizon:].any(1), torch.full(mask.shape, torch.nan)
         parts = (x[:, :horizon] for x in (tokens, mask, nan))
-        text = Rollout(prompts.ids, prompts.mask, *parts, finished)
-        return Rollout(*(x.to(device) for x in vars(text).values()))
+        return Rollout(*(x.to(device) for x in (prompts.ids, prompts.mask, *parts, finished)))
     if not own:
         text = sample(world.teacher, prompts, **how)
     elif world.sampler:
@@ -1040,12 +1050,11 @@ def judge(c: Config, world: World, rollout: Rollout, teacher: Any, right: Tensor
 
 
 def credit(c: Config, world: World, rollout: Rollout, reward: Tensor, step: int) -> Tensor:
-    """CREDIT (B, T): the advantage that route B multiplies with.  vOPD's -KL needs all of p, and so
-    waits for `token_loss`.
+    """CREDIT (B, T): what route B multiplies with.  vOPD's -KL, of all of p, is in `token_loss`.
     A critic (GAE-OPD): its gradient, of half the squared error to the GAE target, is left in place
     for the optimizer; in its first steps it only learns.  [reconstruction]"""
     mask, advantage = rollout.mask, reward
-    if c.feedback == "teacher":
+    if c.route == "policy_gradient" and c.feedback == "teacher":
         advantage = discounted_return(reward, mask, c.gamma)
     if c.baseline == "leave_one_out":
         advantage = leave_one_out(advantage, c.samples_per_prompt)
@@ -1093,7 +1102,8 @@ def token_loss(
         how = dict(rho=c.rho, top_k=c.top_k, min_prob=c.min_prob)
         loss = cr_opd_loss(logp, logq, action, advantage=advantage, **how)
     elif c.route == "policy_gradient":
-        loss = policy_gradient_loss(logp_a, advantage, torch.ones_like(action).bool(), behaviour)
+        every = torch.ones_like(action, dtype=torch.bool)  # no padding among the N tokens
+        loss = policy_gradient_loss(logp_a, advantage, every, behaviour)
     elif c.divergence == "jsd":
         loss = jsd(logp, logq, c.beta)
     elif c.support == "full":
@@ -1113,7 +1123,7 @@ def train_step(
     judge, credit, weights, loss: your own in place of the functions above, with their arguments."""
     clock, noted = [time.perf_counter()], []
     world.flop.clear()
-    horizon, prompts = horizon_at(step, c), step_prompts(c, world, step)
+    prompts, horizon = step_prompts(c, world, step), horizon_at(step, c)
     rollout = write(c, world, prompts, step, horizon)  # STATES
     right = world.task.verify(prompts, rollout).to(rollout.mask.device)  # (B,)
     clock.append(time.perf_counter())
@@ -1127,8 +1137,7 @@ def train_step(
     weight = weights(c, world, rollout, teacher, reward, right)  # WEIGHTS (B, T)
     clock.append(time.perf_counter())
     looking = c.diagnoses(step)
-    if c.reads == "token" and loss is token_loss and not looking:
-        teacher = None  # the reward was all there is to read
+    read = looking or loss is not token_loss or c.reads != "token"  # else the reward was all
     tables = (rollout.tokens, reward, advantage, weight, rollout.logprobs)  # from here on (N,) each
     action, reward, advantage, weight, behaviour = (x[rollout.mask] for x in tables)
     for update in range(c.updates_per_rollout):
@@ -1138,12 +1147,13 @@ def train_step(
             for here in chunks(len(student.body), world.vocab["vocab_size"]):
                 n = slice(start + here.start, start + here.stop)  # the same tokens among all N
                 logp = student[here]  # (n, V)
-                logq = None if teacher is None else teacher[n]
+                logq = teacher[n] if teacher is not None and read else None
                 each = loss(c, logp, logq, action[n], advantage[n], behaviour[n], n)  # ROUTE (n,)
                 (each * weight[n]).sum().backward()
                 if update == 0:
-                    log_ratio = of_tokens(logp, action[n]) - behaviour[n]
-                    noted.append(dict(loss=each * weight[n], weight=weight[n], log_ratio=log_ratio))
+                    log_ratio = of_tokens(logp.detach(), action[n]) - behaviour[n]
+                    told = dict(loss=each.detach() * weight[n], weight=weight[n])
+                    noted.append(told | dict(log_ratio=log_ratio))
                     if looking:
                         noted[-1] |= notes(c, logp, logq, action[n], advantage[n])
                     if c.route == "policy_gradient":
@@ -1153,16 +1163,17 @@ def train_step(
         norm = update_student(c, world, optimizer, step)  # UPDATE
     clock.append(time.perf_counter())
     seconds = (end - begin for begin, end in itertools.pairwise(clock))
-    row = dict(step=step + 1, horizon=horizon, lr=lr_at(step, c), grad_norm=norm)
-    row |= zip(("sample_s", "score_s", "update_s"), seconds, strict=True)
+    row = dict(zip(("sample_s", "score_s", "update_s"), seconds, strict=True), step=step + 1)
+    row |= dict(horizon=horizon, lr=lr_at(step, c), grad_norm=norm)
     return row | step_metrics(c, world, rollout, right, noted)
 
 
 def update_student(c: Config, world: World, optimizer: AdamW, step: int) -> float:
     """Sum the processes' gradients, clip, step -> the student's gradient norm before clipping.
     TrainingStopped, before a weight has moved, where it is not finite."""
-    for p in itertools.chain(*(group["params"] for group in optimizer.param_groups)):
-        p.grad = all_reduce(torch.zeros_like(p) if p.grad is None else p.grad)
+    for group in (group["params"] for group in optimizer.param_groups):
+        for p in group if any(p.grad is not None for p in group) else []:  # a critic learns once
+            p.grad = all_reduce(torch.zeros_like(p) if p.grad is None else p.grad)
     norm = float(torch.nn.utils.clip_grad_norm_(world.student.parameters(), c.grad_clip))
     if not math.isfinite(norm):
         raise TrainingStopped(f"step {step + 1}: the gradient's norm is {norm}; try a lower --lr")
@@ -1184,6 +1195,8 @@ def lr_at(step: int, c: Config) -> float:
 def notes(c: Config, logp: Tensor, logq: Any, action: Tensor, advantage: Tensor) -> dict:
     """What n tokens show on a diagnosed step, at temperature 1, name -> (n,): entropy; gated, A < 0
     and where routing is on somebody to route to; what `diagnose` says."""
+    if c.baseline == "kl":
+        advantage = advantage - kl_baseline(logp, logq)
     logp = (c.temperature * logp.detach()).log_softmax(-1)
     seen = dict(entropy=entropy(logp)) | (dict(gated=advantage < 0) if c.route != "direct" else {})
     if isinstance(logq, Tensor):
@@ -1282,9 +1295,6 @@ def candidate_score(c: Config, world: World, row: dict[str, Any]) -> Callable:
 
 Overlap = namedtuple("Overlap", "ratio student_mass teacher_mass advantage")
 FEW, UNSUPPORTED = 4, 1e-3  # a small top k for agreement; below it the teacher means no
-DIAGNOSED = ("kl", "reward", "entropy", "teacher_entropy", "entropy_gap", "agreement", "gated")
-DIAGNOSED += ("teacher_mass", "unsupported", "overlap", "overlap_mass", "overlap_mass_teacher")
-DIAGNOSED += ("overlap_advantage", "candidates", "engine_gap", "ratio_max")  # keys of metrics.jsonl
 
 
 def overlap(logp: Tensor, logq: Tensor | Scores, k: int) -> Overlap:
@@ -1326,7 +1336,7 @@ def diagnose(logp: Tensor, logq: Tensor, action: Tensor, *, top_k: int, min_prob
 VLLM_SETTINGS = dict(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_CPU_OMP_THREADS_BIND="nobind")
 VLLM_SETTINGS |= dict(VLLM_CPU_KVCACHE_SPACE="1", VLLM_LOGGING_LEVEL="ERROR")
 SYNC_GAP, SYNC_GAP_HALF = 1e-3, 0.1  # mean nats per token
-REMOTE_TIMEOUT, REMOTE_RETRIES = 600.0, 8  # seconds for an answer; then the client's back-off
+REMOTE_TIMEOUT, REMOTE_RETRIES = 600.0, 8  # seconds; then the client's back-off
 
 
 class VLLMEngine:
@@ -1531,7 +1541,7 @@ def final_evaluation(c: Config, world: World, model: Module) -> dict[str, float]
         return evaluate(model, world.task, prompts, **how) | dict(greedy=greedy)
 
 
-def validate(c: Config, world: World, step: int, file: Path) -> float:
+def validation(c: Config, world: World, step: int, file: Path) -> float:
     """Sampled accuracy on fixed validation prompts; `file` then shows a few of the responses."""
     prompts, said = world.task.prompts(VALIDATION_PROMPTS, "validation"), []
     how = dict(rows=8 * (c.micro_batch or c.batch_size), said=said, **world.vocab)
@@ -1691,7 +1701,7 @@ def after_step(run: Run, world: World, row: dict[str, Any], start: float) -> Non
         row["extrapolated"] = extrapolate(run.model, run.base, candidate_score(c, world, row))
         run.base.update({name: p.detach().clone() for name, p in run.model.named_parameters()})
     if c.eval_every and (step % c.eval_every == 0 or step == c.steps):
-        row["accuracy"] = validate(c, world, step, run.dir / "samples.txt")
+        row["accuracy"] = validation(c, world, step, run.dir / "samples.txt")
     row["step_s"] = time.perf_counter() - start
     for group in ("tokens", "flop"):  # from here on: since the start
         result[group] = {k: n + row[f"{group}_{k}"] for k, n in result[group].items()}

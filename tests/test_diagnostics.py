@@ -92,6 +92,16 @@ def test_notes_are_taken_at_temperature_1():
     assert "gated" not in opd.notes(opd.Config.load(top_k=3), hot, hot_q, action, advantage)
 
 
+def test_what_counts_as_gated_has_the_baseline_that_the_loss_takes_off():
+    """p = (.5, .4, .1), q = (.45, .05, .5), a = 0: the reward is -.1, more than is expected."""
+    logp, logq = (torch.tensor([[*x]]).log() for x in ((0.5, 0.4, 0.1), (0.45, 0.05, 0.5)))
+    action = torch.tensor([0])
+    reward = opd.log_ratio_reward(opd.of_tokens(logp, action), opd.of_tokens(logq, action))
+    for method, gated in dict(opd=True, vopd=False).items():
+        c = opd.Config.load(method=method, top_k=3)
+        assert opd.notes(c, logp, logq, action, reward)["gated"].item() is gated
+
+
 # the trainer's log-probs against those sampled from
 
 

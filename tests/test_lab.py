@@ -59,7 +59,8 @@ def test_compare_tunes_on_other_seeds_keeps_results_and_continues(run_dir, monke
 
 def test_a_changed_spec_runs_again(run_dir, monkeypatch):
     path = write(run_dir / "spec.json")
-    fake = dict(accuracy=0.5, before=0.1, tokens=dict(sampled=1), curve=[[1, 1, 1.0, 0.5]])
+    fake = dict(edition=lab.EDITION, accuracy=0.5, before=0.1, tokens=dict(sampled=1))
+    fake |= dict(curve=[[1, 1, 1.0, 0.5]])
     calls = []
     monkeypatch.setattr(
         lab.experiments, "run_one", lambda f, extra: calls.append(f) or dict(fields=f, **fake)
@@ -161,22 +162,31 @@ def test_committed_evidence_matches_its_specs():
         assert all(f in possible for f in found) and len(found) >= 5 * len(spec["variants"])
 
 
-def test_complete_results_are_read_without_running_or_checking_their_fields(monkeypatch):
-    """Also those of the first edition, whose specs name fields that are gone."""
-    monkeypatch.setattr(lab.experiments, "run_one", None)  # nothing may be missing
+def test_evidence_is_read_without_running_or_checking_its_fields(monkeypatch):
+    """Also that of an older edition, whose specs name fields that are gone."""
+    monkeypatch.setattr(lab.experiments, "run_one", None)  # nothing may be run
     monkeypatch.setattr(opd, "Config", None)
     specs = [p for p in (ROOT / "tiny_configs/evidence").glob("*.json") if "results" not in p.name]
     for path in specs:
-        spec = lab.load_spec(path)
-        summary = lab.compare(path, workers=1)
-        assert summary.keys() == spec["variants"].keys(), path.name
+        summary = lab.evidence(path)
+        assert summary.keys() == lab.load_spec(path)["variants"].keys(), path.name
         assert all(f"| {name} |" in lab.markdown_table(summary) for name in summary)
 
 
-def test_what_is_missing_of_an_old_spec_is_refused_by_the_field_that_is_gone(run_dir):
+def test_what_is_missing_of_a_spec_is_refused_by_a_field_that_is_gone(run_dir):
     path = write(run_dir / "spec.json", variants={"A": dict(prompt_pool=64, lr=[1e-3])})
     with pytest.raises(opd.InputError, match="prompt_pool"):
         lab.compare(path, seeds=1, workers=1)
+
+
+def test_results_of_another_edition_are_not_mixed_with_new_ones(run_dir):
+    path = write(run_dir / "spec.json", variants={"A": dict(method="opd", lr=[1e-3])})
+    old = dict(fields=lab.fields_of(lab.load_spec(path), "A", 1e-3, 0), accuracy=0.5)
+    lab.results_file(path).write_text(json.dumps([old]))
+    with pytest.raises(opd.InputError, match="spec.results.json: 1 results of an old edition"):
+        lab.compare(path, seeds=2, workers=1)
+    with pytest.raises(opd.InputError, match="no result for .*'seed': 1"):
+        lab.evidence(path, seeds=2)
 
 
 # rules, workers
@@ -226,19 +236,65 @@ def test_what_a_run_measures_besides(extra, monkeypatch):
         assert 0 < metrics["entropy, ordinary prompts"] < math.log(19)
 
 
-def test_means_are_over_the_last_five_steps_all_diagnosed_where_something_is_measured(monkeypatch):
+def test_every_step_is_diagnosed_and_means_are_over_the_last_five(monkeypatch):
     monkeypatch.setattr(opd, "VALIDATION_PROMPTS", 16)
-    monkeypatch.setattr(lab.experiments, "gradient_noise", lambda *args, **hooks: (1.0, 1.0))
     seen, real = [], lab.experiments.rows_of
     monkeypatch.setattr(lab.experiments, "rows_of", lambda run: seen.append(real(run)) or seen[-1])
     fields = dict(SPEC["base"], steps=6, eval_every=3, batch_size=2)
-    plain = lab.run_one(fields)["metrics"]
+    found = lab.run_one(fields)["metrics"]
     kl = [row["kl"] for row in seen[0]]
-    assert [value is not None for value in kl] == [False, False, True] * 2
-    assert plain["kl"] == pytest.approx((kl[2] + kl[5]) / 2, abs=1e-5)
-    found = lab.run_one(fields, "noise")["metrics"]
-    kl = [row["kl"] for row in seen[1]]
     assert found["kl"] == pytest.approx(sum(kl[1:]) / 5, abs=1e-5)
+    sparse = lab.run_one(dict(fields, diagnose_every=3))["metrics"]  # the fields win
+    kl = [row["kl"] for row in seen[1]]
+    assert [value is not None for value in kl] == [False, False, True] * 2
+    assert sparse["kl"] == pytest.approx((kl[2] + kl[5]) / 2, abs=1e-5)
+
+
+# recipes around a run
+
+
+def test_a_recipe_is_part_of_a_run(run_dir, monkeypatch):
+    monkeypatch.setattr(opd, "VALIDATION_PROMPTS", 16)
+    student = "tiny_configs/models/student_muddled"
+    fields = dict(SPEC["base"], steps=4, eval_every=2, student=student, lr=1e-3, seed=3)
+    plain = lab.run_one(fields)
+    cold = lab.run_one(dict(fields, recipe=dict(cold_start=2)))
+    assert [point[0] for point in cold["curve"]] == [2, 4]  # steps and costs are counted through
+    assert cold["curve"][0][1] < cold["curve"][1][1] == cold["tokens"]["sampled"]
+    assert cold["tokens"]["scored"] < cold["tokens"]["sampled"]  # imitation asks for no scores
+    assert cold["before"] == plain["before"] and cold["fields"]["recipe"] == dict(cold_start=2)
+    assert lab.run_one(dict(fields, recipe=dict(cold_start=4)))["tokens"]["scored"] == 0
+    pool = lab.run_one(dict(fields, recipe=dict(pool=4)))
+    assert pool["accuracy"] != plain["accuracy"] or pool["metrics"] != plain["metrics"]
+
+
+@pytest.mark.parametrize(
+    "recipe, made",
+    [(dict(pool=4), "lab.prompt_pool(task, 4)"),
+     (dict(aligned="chain/sums", share=0.5),
+      "lab.aligned_prompts(task, opd.load_task('chain/sums', tokenizer), 0.5)"),
+     (dict(aligned="confidence"),
+      "lab.aligned_prompts(task, opd.load_model('tiny_configs/models/teacher', 'teacher'), 1.0)")],
+    ids=str,
+)  # fmt: skip
+def test_a_recipe_of_prompts_is_a_task_file(recipe, made, run_dir):
+    config = opd.Config.load(**dict(SPEC["base"], steps=1), runs=str(run_dir))
+    (run,) = lab.with_recipe(config, recipe)
+    assert run.config.task == str(run_dir / "task.py")
+    assert f"return {made}" in (run_dir / "task.py").read_text()
+
+
+def test_an_unknown_recipe_is_refused():
+    with pytest.raises(opd.InputError, match="recipe = .'cook'.: must be pool, aligned and share"):
+        lab.with_recipe(opd.Config.load(), dict(cook=3))
+
+
+def test_a_rule_of_a_comparison_takes_its_own_arguments():
+    fields = dict(method="reference_kl", route="direct", steps=3)
+    config, hooks = lab.config_of(dict(fields, rule=dict(weight=0.5), recipe=dict(pool=4)))
+    assert config.route == "direct" and hooks.keys() == {"judge", "loss"}
+    with pytest.raises(TypeError, match="wait"):
+        lab.config_of(dict(fields, rule=dict(wait=0.5)))
 
 
 # models that a comparison needs
@@ -259,6 +315,7 @@ def test_build_makes_what_a_model_starts_from_and_saves_in_half_precision(run_di
     lab.build("runs/build-student_novice/model")  # it is there
     lab.build("tiny_configs/models/teacher")  # shipped
     assert begun == [("build-student_strong", []), ("build-student_novice", [])]
+    assert (run_dir / "runs/build-chain_d48/model/model.safetensors").exists()  # fresh weights
     lab.build("runs/build-synonym_teacher/model")
     assert begun[2] == ("build-synonym_teacher", ["judge", "loss"])
     for name, _ in begun:

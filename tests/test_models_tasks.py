@@ -109,6 +109,9 @@ def test_eos_ids_fall_back_to_the_config():
     model.generation_config.eos_token_id = None
     assert opd.eos_ids_of(model) == [2]
     model.config.eos_token_id = None
+    model.generation_config.eos_token_id = 0  # an id like any other
+    assert opd.eos_ids_of(model) == [0]
+    model.generation_config.eos_token_id = None
     assert opd.eos_ids_of(model) == []
     rollout = opd.sample(model, random_prompts([3, 4]), horizon=5)
     assert not rollout.finished.any() and rollout.mask.all()

@@ -763,6 +763,40 @@ def test_a_critic_learns_the_value_and_survives_a_resume(run_dir, monkeypatch):
     assert critics[1]["weight"].abs().max() > 0.01
 
 
+def test_a_critic_moves_once_a_rollout():
+    """It has no gradient after the first update, and its momentum alone moves it nowhere."""
+    config, world, optimizer = ready(method="gae_opd", batch_size=4, updates_per_rollout=2)
+    seen, real = [], opd.update_student
+
+    def watched(*args):
+        norm = real(*args)
+        seen.append(world.critic.bias.item())
+        return norm
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(opd, "update_student", watched)
+        opd.train_step(config, world, optimizer, 0)
+    assert seen[0] == seen[1] != 0
+
+
+def test_what_a_step_keeps_for_its_row_holds_no_graph():
+    config, world, optimizer = ready(batch_size=4, micro_batch=2)
+    with pytest.MonkeyPatch.context() as patch:
+        kept, real = [], opd.step_metrics
+        patch.setattr(opd, "step_metrics", lambda *a: kept.extend(a[-1]) or real(*a))
+        opd.train_step(config, world, optimizer, 0)
+    assert len(kept) == 2
+    assert not any(x.requires_grad for chunk in kept for x in chunk.values())
+
+
+def test_a_task_that_draws_too_few_training_prompts_is_named():
+    config, world, optimizer = ready(batch_size=4)
+    draw = world.task.draw
+    world.task.draw = lambda n, split, rng: draw(n - 1, split, rng)
+    with pytest.raises(opd.InputError, match="task = 'chain': must draw the 4 prompts asked for"):
+        opd.train_step(config, world, optimizer, 0)
+
+
 def test_a_cut_row_goes_on_and_a_finished_one_ends():
     config, world, _ = ready(method="gae_opd", batch_size=4, horizon=20, gamma=1.0, gae_lambda=0.0)
     torch.nn.init.constant_(world.critic.bias, 7.0)  # the critic says 7 everywhere
@@ -787,15 +821,15 @@ def test_a_finished_run_is_not_resumed(uninterrupted, monkeypatch, capsys):
 def test_an_interrupt_inside_a_step_never_saves_half_of_it(run_dir, monkeypatch):
     fields = dict(SMALL, steps=4, eval_every=1, checkpoint_every=1)
     whole = rows_of(opd.train(opd.Config.load(**fields, name="whole")).dir)
-    validate, calls = opd.validate, []
+    validation, calls = opd.validation, []
 
     def cut(*arguments):
         calls.append(1)
         if len(calls) == 2:  # the weights of step 2 have moved, its row is not written
             raise KeyboardInterrupt
-        return validate(*arguments)
+        return validation(*arguments)
 
-    monkeypatch.setattr(opd, "validate", cut)
+    monkeypatch.setattr(opd, "validation", cut)
     with pytest.raises(KeyboardInterrupt, match="after step 1 of 4"):
         opd.train(opd.Config.load(**fields, name="cut"))
     assert rows_of(resumed("runs/cut").dir) == whole

@@ -6,6 +6,8 @@ The method itself is in opd.py.  `import lab` gives the names below; on the comm
     python notebooks/lab report runs/NAME                    # report.md, report.json, report.png
     python notebooks/lab compare SPEC.json --seeds 5         # methods side by side, over seeds
     python notebooks/lab train --method RULE --steps 40      # by a paper's rule
+    python notebooks/lab tables                              # tiny_configs/evidence/README.md
+    python notebooks/lab figures                             # notebooks/figures
 """
 
 # ruff: noqa: E402, F401
@@ -16,6 +18,14 @@ ROOT = Path(__file__).resolve().parents[2]
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))  # for `import opd`
 
+from .diagrams import (
+    FIGURES,
+    animate,
+    arrow,
+    board,
+    box,
+    strip,
+)
 from .experiments import (
     EDITION,
     TUNING_SEEDS,

@@ -4,6 +4,8 @@ python notebooks/lab check CONFIG.json [--field value ...]    # before training:
 python notebooks/lab report runs/NAME                         # report.md, .json, .png of a run
 python notebooks/lab compare SPEC.json --seeds 5 --workers 2  # what is missing; SPEC.png, table
 python notebooks/lab train --method RULE [--field value ...]  # by a paper's rule, or a method
+python notebooks/lab tables                                   # tiny_configs/evidence/README.md
+python notebooks/lab figures [NAME ...]                       # notebooks/figures, or some of it
 """
 
 import sys
@@ -16,7 +18,8 @@ import json  # noqa: E402
 import lab  # noqa: E402
 import opd  # noqa: E402
 
-COMMANDS = "check [CONFIG.json], report RUN, compare SPEC.json, train --method RULE"
+COMMANDS = "check [CONFIG.json], report RUN, compare SPEC.json, train, tables or figures"
+EVIDENCE = opd.HERE / "tiny_configs/evidence"
 
 
 def check(words: list[str], fields: dict) -> None:
@@ -65,9 +68,40 @@ def train(words: list[str], fields: dict) -> None:
     print(f"picture {run.dir}/curve.png, texts {run.dir}/samples.txt, model {run.dir}/model")
 
 
+def page() -> str:
+    """All comparisons as one page: what each asks, its table, and what it says."""
+    text = (EVIDENCE / "head.md").read_text()
+    for path in sorted(EVIDENCE.glob("*.json")):
+        if path.name.endswith(".results.json"):
+            continue
+        spec, summary = lab.load_spec(path), lab.evidence(path)
+        old = any("edition" not in run for each in summary.values() for run in each["runs"])
+        note = "**First edition's numbers, not run again yet.** " * old + spec["says"]
+        text += f"\n## {path.stem}\n\n{spec['about']}.\n\n{lab.markdown_table(summary)}\n"
+        text += f"\n{note.strip()}\n" * bool(note.strip()) + f"\n![{path.stem}]({path.stem}.png)\n"
+    return text
+
+
+def tables(words: list[str], fields: dict) -> None:
+    """Write the page of all comparisons."""
+    opd.require(not words and not fields, "tables: takes nothing")
+    (EVIDENCE / "README.md").write_text(page())
+    print(EVIDENCE / "README.md")
+
+
+def figures(words: list[str], fields: dict) -> None:
+    """Make the pictures of the course."""
+    wrong = sorted({*words} - {*lab.FIGURES})
+    opd.require(not wrong and not fields, f"{wrong}: must be of {', '.join(lab.FIGURES)}")
+    for name in words or lab.FIGURES:
+        lab.FIGURES[name](lab.diagrams.FOLDER / name)
+        print(lab.diagrams.FOLDER / name)
+
+
 def main(argv: list[str] | None = None) -> int:
     """The exit code: 0 done, 1 training stopped, 2 bad input, 3 no teacher, 130 interrupted."""
     commands = dict(check=check, report=report, compare=compare, train=train)
+    commands |= dict(tables=tables, figures=figures)
     codes = {opd.InputError: 2, opd.TrainingStopped: 1, opd.TeacherUnreachable: 3}
     codes[KeyboardInterrupt] = 130
     argv = sys.argv[1:] if argv is None else argv

@@ -35,13 +35,15 @@ DIAGNOSIS += ("overlap_advantage", "entropy_gap")
 def load_spec(path: str | Path) -> dict[str, Any]:
     """A comparison: {"about", "base": fields, "variants": name -> fields, "lr": grid}, all needed.
 
-    A variant may carry its own "lr" grid.  "choose": see best_rates; "measure": see run_one.
+    A variant may carry its own "lr" grid.  "choose": see best_rates; "measure": see run_one;
+    "says": what the results show, in words.
     InputError names what is missing.  Only what has to run looks at the fields.
     """
     try:
         given = json.loads(Path(path).read_text())
         spec = {key: given[key] for key in ("about", "base", "variants", "lr")}
         spec |= dict(choose=given.get("choose", "accuracy"), measure=given.get("measure"))
+        spec |= dict(says=given.get("says", ""))
     except (OSError, ValueError) as error:
         raise opd.InputError(f"spec = {str(path)!r}: not a readable JSON file ({error})") from None
     except (KeyError, TypeError) as error:
@@ -81,8 +83,6 @@ def gigaflop(row: dict[str, Any]) -> float:
 
 build = runpy.run_path(str(opd.HERE / "tiny_configs/build/build.py"))["build"]
 CHECKED = ("student", "teacher", "gain", "agreement", "teacher_mass", "overlap", "kl", "horizon")
-
-
 COUNTED = ("step", "tokens_sampled", "flop_sample", "flop_score", "flop_update")
 
 
