@@ -1141,8 +1141,8 @@ def train_step(
     tables = (rollout.tokens, reward, advantage, weight, rollout.logprobs)  # from here on (N,) each
     action, reward, advantage, weight, behaviour = (x[rollout.mask] for x in tables)
     for update in range(c.updates_per_rollout):
-        start = 0  # tokens of the rows before: N is row by row
         for rows in torch.arange(len(right)).split(c.micro_batch or len(right)):
+            start = int(rollout.mask[: rows[0]].sum())  # N is row by row
             student = world.log_probs(c, world.student, take(rollout, rows), grad=True)
             for here in chunks(len(student.body), world.vocab["vocab_size"]):
                 n = slice(start + here.start, start + here.stop)  # the same tokens among all N
@@ -1158,8 +1158,8 @@ def train_step(
                         noted[-1] |= notes(c, logp, logq, action[n], advantage[n])
                     if c.route == "policy_gradient":
                         noted[-1]["reward"] = reward[n]
+                del logp, logq, each  # before the next chunk's are made
             student.backward()
-            start += len(student.body)
         norm = update_student(c, world, optimizer, step)  # UPDATE
     clock.append(time.perf_counter())
     seconds = (end - begin for begin, end in itertools.pairwise(clock))

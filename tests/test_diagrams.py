@@ -18,8 +18,8 @@ def texts_of(figure):
 
 def patches_of(figure, **wanted):
     """The filled or hatched cells of a strip."""
-    return [patch for axis in figure.axes for patch in axis.patches
-            if all(getattr(patch, f"get_{key}")() == value for key, value in wanted.items())]  # fmt: skip
+    cells = [patch for axis in figure.axes for patch in axis.patches]
+    return [c for c in cells if all(getattr(c, f"get_{k}")() == v for k, v in wanted.items())]
 
 
 def test_a_strip_has_a_cell_for_each_token_and_row_signs_and_hatches():

@@ -25,7 +25,7 @@ LARGEST = 400_000  # bytes of an animation
 
 
 def strip(
-    tokens: list[str], rows: dict[str, Any], title: str = "", *, gates: dict[str, Any] | None = None,
+    tokens: list[str], rows: dict[str, Any], title: str = "", *, gates: dict | None = None,
     scale: float | None = None, numbers: bool = False, per_line: int = 24,
 ) -> Figure:  # fmt: skip
     """A text with one row of cells for each quantity or method, as a figure.
@@ -62,8 +62,9 @@ def strip(
     axis.set(xlim=(0, wide), ylim=(high - 0.4, 0), aspect="auto")
     axis.set_axis_off()
     axis.set_title(title, fontsize=9, loc="left")
-    figure.subplots_adjust(left=(0.085 * names + 0.15) / figure.get_figwidth(), right=0.99,
-                           bottom=0.02, top=1 - 0.35 * bool(title) / figure.get_figheight())  # fmt: skip
+    left, top = 0.085 * names + 0.15, 0.35 * bool(title)  # inches
+    left, top = left / figure.get_figwidth(), 1 - top / figure.get_figheight()
+    figure.subplots_adjust(left=left, right=0.99, bottom=0.02, top=top)
     return figure
 
 
@@ -200,7 +201,7 @@ def board(texts: list[tuple], title: str, wide: int, full: float = 6.0) -> Figur
 
 
 def learning_animation(file: Path) -> Path:
-    """What the student writes while it learns: the tokens the teacher objects to, and the answers."""
+    """What the student writes while it learns: what the teacher objects to, and the answers."""
     seen = learning()
     wide = max(len(tokens) for texts in seen.values() for _, _, tokens, _ in texts)
 

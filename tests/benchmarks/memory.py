@@ -98,9 +98,10 @@ def chunked(config, world, rollout, diagnostics=False):
         logp, logq = student[n], teacher[n]
         each = opd.token_loss(config, logp, logq, action[n], zero[n], zero[n], n)
         (each * w[n]).sum().backward()
-        seen.append(each * w[n])
+        seen.append(each.detach() * w[n])
         if diagnostics:
             seen[-1] += 0 * opd.notes(config, logp, logq, action[n], zero[n])["kl"]
+        del logp, logq, each
     student.backward()
     return torch.cat(seen).sum().item()
 
