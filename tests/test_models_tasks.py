@@ -257,6 +257,8 @@ def test_soft_labels_are_the_forward_kl_to_the_exact_law(style, synonyms, run_di
     soft = runpy.run_path(str(file.with_name("soft_labels.py")))["soft_labels"]
     small = dict(steps=2, batch_size=8, eval_prompts=4, warmup=0, decay=0.0, name=None)
     config = opd.Config.load(file, **small)
+    fresh = runpy.run_path(str(file.with_name("build.py")))["fresh"]
+    fresh("synonyms_d64", config.student)
     world, task = opd.load_world(config), synonyms[style]
     prompts = opd.step_prompts(config, world, 0)
     text = demonstrated(task, prompts, task.max_tokens)

@@ -124,8 +124,8 @@ def self_check(c: opd.Config, world: opd.World) -> str:
     nats per token, the gradient's norm 1e-5, or a token's log-prob differs by more than 1e-3.
     """
     student, most = world.student, world.task.max_tokens
-    twin = opd.load_model(c.teacher, device=str(student.device), seed=c.seed)
-    prompts = world.task.prompts(min(8, c.batch_size), "train", seed=c.seed)
+    twin = opd.load_model(c.teacher, device=str(student.device))
+    prompts = world.task.prompts(min(8, c.batch_size), "train")
     noise = torch.rand(len(prompts.text), most, generator=opd.keyed_generator("check"))
     rollout = opd.sample(student, prompts, horizon=most, noise=noise, **world.vocab)
     how = dict(vocab_size=world.vocab["vocab_size"])
@@ -149,7 +149,7 @@ def provenance(c: opd.Config) -> dict[str, Any]:
         if not name or (role == "teacher" and c.remote):
             about[role] = f"{name}: none here"
             continue
-        model = opd.load_model(name, role, device=device, seed=c.seed)
+        model = opd.load_model(name, role, device=device)
         size = f"{model.num_parameters():,} parameters, {model.dtype}"
         kind = f"{model.config.model_type}, EOS {opd.eos_ids_of(model)}"
         about[role] = f"{name}: {size}, {kind}"

@@ -1,9 +1,7 @@
-"""Builds the synonym models, which learn from soft labels: the task's exact distribution.
-
-    python tiny_configs/build/soft_labels.py synonym_teacher    # -> runs/build-synonym_teacher
+"""Soft labels for the synonym models: the task's exact distribution, as hooks; build.py uses them.
 
 States are the task's own text; at each of them the student descends the forward KL to the exact
-distribution there.  `lab.build` uses the same hooks.
+distribution there.
 """
 
 import runpy
@@ -30,14 +28,3 @@ def soft_labels(task: str) -> dict[str, Callable]:
         return opd.forward_kl(logp, kept["labels"][n])
 
     return dict(judge=judge, loss=loss)
-
-
-def main(name: str) -> None:
-    """Train by NAME.json beside this file; save in half precision, as the shipped models are."""
-    config = opd.Config.load(HERE / f"{name}.json")
-    run = opd.train(config, **soft_labels(config.task))
-    run.model.half().save_pretrained(run.dir / "model")
-
-
-if __name__ == "__main__":
-    main(sys.argv[1])
