@@ -1158,7 +1158,7 @@ def train_step(
                         noted[-1] |= notes(c, logp, logq, action[n], advantage[n])
                     if c.route == "policy_gradient":
                         noted[-1]["reward"] = reward[n]
-                del logp, logq, each  # before the next chunk's are made
+                del logp, logq, each  # before the next chunk
             student.backward()
         norm = update_student(c, world, optimizer, step)  # UPDATE
     clock.append(time.perf_counter())
@@ -1733,7 +1733,7 @@ def draw_curve(rows: list[dict], result: dict[str, Any], path: Path) -> None:
 
 
 def parse(argv: list[str]) -> tuple[list[str], dict[str, Any]]:
-    """Words, and fields from `--field value` or `--field=value`; numbers as Python reads them."""
+    """Words, and fields from `--field value` or `--field=value`; numbers as in Python."""
     words, fields = [], {}
     rest = iter(argv)
     for word in rest:
@@ -1747,7 +1747,7 @@ def parse(argv: list[str]) -> tuple[list[str], dict[str, Any]]:
         if text.lower() in ("null", "none") and type(None) in kinds:
             fields[name] = None
         elif int in kinds or float in kinds:
-            with suppress(ValueError, SyntaxError):  # else Config says what is wrong with it
+            with suppress(ValueError, SyntaxError):  # else Config says so
                 fields[name] = ast.literal_eval(text)
     return words, fields
 

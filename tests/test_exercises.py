@@ -283,8 +283,9 @@ def test_three_quiz_questions_a_notebook_with_answers():
         assert len(re.findall(r"(?m)^\d\. ", part)) == part.count("*Answer:*") == 3
 
 
-def test_the_readme_asks_the_same_questions_without_answers():
-    readme = (ROOT / "README.md").read_text().partition("### Quiz\n")[2].partition("</details>")[0]
+def test_the_course_page_asks_the_same_questions_without_answers():
+    page = (ROOT / "notebooks/README.md").read_text()
+    readme = page.partition("## Quiz\n")[2].partition("</details>")[0]
     asked = re.findall(r"(?m)^\d\. (.*)$", readme)
     assert asked == re.findall(r"(?m)^\d\. (.*)$", QUIZ) and len(asked) == 39
     assert "Answer" not in readme

@@ -3,6 +3,7 @@
 import inspect
 import re
 
+import lab
 import pytest
 from conftest import ROOT
 
@@ -66,3 +67,26 @@ def test_every_method_says_where_it_is_from():
         if m := re.match(r'    "(\w+)": dict', line):
             assert tags_of(comment.replace("#", "")), m[1]
         previous = line
+
+
+# notebooks/FORMULAS.md; tests/test_project.py follows its links
+
+ROWS = [
+    line.split(" | ")
+    for line in (ROOT / "notebooks/FORMULAS.md").read_text().splitlines()
+    if re.search(r"\.ipynb#", line)
+]
+
+
+def test_the_index_of_formulas_has_functions_and_their_tags():
+    assert len(ROWS) > 50
+    shown = set()
+    for formula, tags, function, _ in ROWS:
+        name = function.strip("`")
+        module, _, last = name.rpartition(".")
+        owner = {"": opd, "lab": lab, "lab.rules": lab.rules}[module]
+        doc = " ".join(inspect.getdoc(getattr(owner, last)).split())
+        for tag in re.findall(r"`(\[.*?\])`", tags):
+            assert tag in doc, (formula, tag)
+        shown.add(last)
+    assert not {*FORMULAS} - {*UNTAGGED} - {"spectrum"} - shown

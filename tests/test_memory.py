@@ -67,3 +67,10 @@ def test_estimate_knows_what_saves_memory():
     assert estimate(teacher=None)["teacher"] == 0 and estimate(half="fp16")["casts"] == 0
     assert estimate(eval_every=10, diagnose_every=1) == now  # a look needs no second model
     assert estimate(half="none")["teacher"] == 2 * now["teacher"]
+
+
+def test_the_page_of_configs_has_the_table_of_the_formula(capsys):
+    memory.configs_table()
+    rows = [row for row in capsys.readouterr().out.splitlines() if row.startswith("| ")]
+    page = (ROOT / "tiny_configs/README.md").read_text()
+    assert len(rows) == 1 + len(SHIPPED) and all(row in page for row in rows)

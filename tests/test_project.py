@@ -5,7 +5,9 @@ import inspect
 import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
+import lab
 import pytest
 from conftest import ROOT
 
@@ -44,13 +46,62 @@ def test_every_public_function_is_documented():
             assert inspect.getdoc(value), name
 
 
-def test_readme_names_only_files_that_exist_and_fields_that_are_fields():
-    for path in re.findall(r"\]\(([\w./-]+)\)", README):
-        assert (ROOT / path).exists(), path
+PAGES = [
+    "README.md", "notebooks/README.md", "notebooks/FORMULAS.md", "tiny_configs/README.md",
+    "tiny_configs/evidence/README.md", "tests/benchmarks/README.md",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_relative_link_and_anchor_of_a_page_is_there(page):
+    text, found = (ROOT / page).read_text(), 0
+    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+        if "://" in link:
+            continue
+        path, _, anchor = link.partition("#")
+        target = (ROOT / page).parent / path
+        assert target.exists(), link
+        found += 1
+        if anchor:
+            assert f'<a id=\\"{anchor}\\">' in target.read_text(), link
+    assert found
+
+
+def test_readme_is_a_front_page():
+    lines = README.splitlines()
+    assert len(lines) <= 200 and len(README) <= 16_000
+    assert re.search(r"!\[[^]]+\]\(notebooks/figures/\w+\.gif\)", "\n".join(lines[:12]))
+    loop = opd.__doc__.partition("    for step in range(steps):\n")[2].partition("\n\n")[0]
+    same = [line.strip() for line in loop.splitlines()]
+    assert "\n".join(same) in "\n".join(line.strip() for line in lines)  # opd.py's own
+
+
+def test_readme_names_every_method_and_rule_and_only_fields_that_are_fields():
+    named = {
+        name
+        for row in re.findall(r"(?m)^\| (`.*?) \|", README)
+        for name in re.findall(r"`(\w+)`", row)
+    }
+    assert {*opd.METHODS, *lab.RULES} <= named
     commands = "\n".join(re.findall(r"```bash\n(.*?)```", README, re.S))
     for field in re.findall(r"--(\w+)", commands):
         known = opd.Config.model_fields.keys() | {"resume", "help"}
         assert field in known, field
+
+
+def test_readmes_result_table_is_the_evidence():
+    for name, each in lab.evidence(ROOT / "tiny_configs/evidence/baselines_novice.json").items():
+        assert "| {} | {:.3f} ± {:.3f} |".format(name, *each["accuracy"]) in README
+
+
+def test_the_glossary_has_every_key_of_metrics(world):
+    page = (ROOT / "notebooks/README.md").read_text().partition("## What metrics.jsonl says")[2]
+    told = {*re.findall(r"(?m)^\| `(\w+)` \|", page.partition("\n## ")[0])}
+    config = opd.Config.load(batch_size=2, max_tokens=4, diagnose_every=1)
+    row = opd.train_step(config, world, SimpleNamespace(
+        param_groups=[dict(params=[*world.student.parameters()])], step=lambda: None,
+        zero_grad=world.student.zero_grad), 0)  # fmt: skip
+    assert told == {*row, "extrapolated", "accuracy", "step_s"}
 
 
 def test_every_config_loads():
