@@ -5,8 +5,7 @@ an update.  The one equation: the KL between whole texts splits over the student
 
     KL(student(.|x) || teacher(.|x)) = E_{y ~ student} sum_t KL(p_t || q_t),
 
-so a step needs text from the student, both models' log-probs on that text, and a gradient, here
-with the states taken as given (section 6 has the rest of it):
+so a step needs its text, both models' log-probs there, and a gradient (states taken as given):
 
     optimizer = torch.optim.AdamW(student.parameters(), lr, (0.9, 0.98), weight_decay=0.0)
     for step in range(steps):
@@ -236,7 +235,7 @@ class Config(BaseModel, extra="forbid", strict=True, frozen=True, allow_inf_nan=
         require(isinstance(given, dict), f"config = {str(path)!r}: must be a JSON file of fields")
         given.pop("hooks", None)  # a run's
         method = overrides.get("method", given.get("method"))
-        other = f"method = {method!r}: {path} is of another"
+        other = f"method = {method!r}: must be as in {path}"
         require(given.get("method", method) == method, other)
         try:
             return cls(**{**given, **overrides})
@@ -263,15 +262,13 @@ METHODS: dict[str, dict[str, Any]] = {
     "gae_opd": dict(route="policy_gradient", baseline="value", gamma=0.9, gae_lambda=0.95),
     # CR-OPD: suppressed mass goes to what the teacher supports  [reconstruction]
     "cr_opd": dict(route="policy_gradient", negative="route", rho=1.0, top_k=16, min_prob=1e-4),
-    # horizons, to join, as in opd_full+popd: TOPD and POPD 2605.31490, prefix distillation
-    # 2602.15260  [secondary; reconstruction: the last two's numbers]
+    # horizons, to join: TOPD, POPD 2605.31490, prefix 2602.15260  [secondary; reconstruction]
     "topd": dict(horizon=0.1, schedule="fixed"),
     "popd": dict(schedule="staircase", horizon_start=6, growth=0.6),
     "prefix": dict(schedule="linear", horizon_start=6, growth=1.0),
     # EffOPD 2605.11739: extrapolate the parameters at steps 1, 2, 4, 8, ...  [paper; code]
     "effopd": dict(extrapolate="accuracy"),
-    # GKD 2306.13649: mixed states, generalised JSD; KD: forward KL on the teacher's own text; SFT:
-    # imitation of demonstrations  [secondary; derived]
+    # GKD 2306.13649: mixed states, JSD; KL on the teacher's text; imitation  [secondary; derived]
     "gkd": dict(states="data", student_share=0.5, divergence="jsd", beta=0.5),
     "kd": dict(states="teacher", feedback="teacher", route="direct", divergence="forward_kl"),
     "sft": dict(states="data", feedback="imitation", route="direct"),
@@ -1772,14 +1769,17 @@ def run_command(argv: list[str]) -> None:
         words, done = [Path(resume) / "config.json"], Path(resume) / "result.json"
         require(words[0].is_file(), f"resume = {resume!r}: must be a run's folder")
         require(not done.exists(), f"resume = {resume!r}: that run is finished; see {done}")
-    run = train(Config.load(*words, **fields), resume)
+    c = Config.load(*words, **fields)
+    if RANK == 0:
+        print(f"{c.student} learns from {c.teacher} by {c.method}, {c.steps} steps")
+    run = train(c, resume)
     if RANK > 0:
         return
     for who in ("student_before", "student_after", "teacher"):
         if test := run.result[who]:
             told = "accuracy {accuracy:.3f} ({low:.3f} to {high:.3f}), greedy {greedy:.3f}"
             print(f"{who.replace('_', ' '):<15}", told.format(**test))
-    print(f"picture {run.dir}/curve.png, texts {run.dir}/samples.txt, model {run.dir}/model")
+    print(f"see {run.dir}/curve.png, samples.txt; next: python notebooks/lab report {run.dir}")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -377,7 +377,7 @@ def test_train_and_report_on_the_command_line(run_dir, capsys, main):
     fields = [str(x) for k, v in SPEC["base"].items() for x in (f"--{k}", v)]
     assert main(["train", "--method", "aopd", "--name", "mine", *fields]) == 0
     said = capsys.readouterr().out
-    assert "student after" in said and "model runs/mine/model" in said
+    assert "student after" in said and "see runs/mine/curve.png" in said
     told = json.loads((run_dir / "runs/mine/config.json").read_text())
     assert told["hooks"].keys() == {"loss"} and told["steps"] == 2
     assert main(["report", "runs/mine"]) == 0

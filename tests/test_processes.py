@@ -169,7 +169,7 @@ def test_opd_under_torchrun_writes_one_run(folder, tmp_path):
     assert run.name == "opd_full-student_hasty-seed0"
     assert [row["step"] for row in rows_of(run)] == [1, 2, 3, 4, 5, 6]
     assert {x.name for x in run.iterdir()} == {x.name for x in (folder / "runs/one-full").iterdir()}
-    assert said.count("picture runs/") == said.count("student before") == 1
+    assert said.count("see runs/") == said.count("student before") == 1
     assert same_run(folder / "runs/one-full", run)
     assert rows_of(folder / "runs/one-full")[-1]["accuracy"]
 

@@ -65,7 +65,7 @@ def train(words: list[str], fields: dict) -> None:
         if test := run.result[who]:
             told = "accuracy {accuracy:.3f} ({low:.3f} to {high:.3f}), greedy {greedy:.3f}"
             print(f"{who.replace('_', ' '):<15}", told.format(**test))
-    print(f"picture {run.dir}/curve.png, texts {run.dir}/samples.txt, model {run.dir}/model")
+    print(f"see {run.dir}/curve.png, samples.txt; next: python notebooks/lab report {run.dir}")
 
 
 def page() -> str:
