@@ -1075,7 +1075,7 @@ def weights(
     c: Config, world: World, rollout: Rollout, teacher: Any, reward: Tensor, right: Tensor
 ) -> Tensor:
     """WEIGHTS (B, T): what each token counts in the loss, which is the sum of all processes'.
-    keep = "right": a wrong or cut response was drawn, costs, and weighs 0."""
+    keep = "right": a wrong or cut response costs, and weighs 0.  reward: 0 on the direct route."""
     mask = rollout.mask
     if c.keep == "right":
         mask = mask & (right & rollout.finished)[:, None]
