@@ -1,8 +1,11 @@
 """Shared pieces of the tests: the tiny world, small random models, and the notebook collector."""
 
 import json
+import multiprocessing
 import os
+import signal
 import sys
+import threading
 from pathlib import Path
 
 os.environ.setdefault(
@@ -12,6 +15,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is downloaded by the tes
 
 import pytest
 import torch
+from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -55,6 +59,48 @@ def run_dir(tmp_path, monkeypatch):
     """An empty working directory: runs/ lands there, shipped models are found beside opd.py."""
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Runs validate on 16 prompts and draw no curve: where a test looks at neither."""
+    monkeypatch.setattr(opd, "VALIDATION_PROMPTS", 16)
+    monkeypatch.setattr(opd, "draw_curve", lambda *_: None)
+
+
+def fork(folder, function, *arguments):
+    """function(*arguments) -> exit code, in a process of its own, begun in a folder.
+
+    A fork of this process has imported everything already; a GPU forbids that, and gets a new
+    interpreter.  Not for tests with threads.  The process writes its output to folder/said and
+    folder/errors, and starts with Python's own Ctrl-C.
+    """
+    kind = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "fork")
+    process = kind.Process(target=_forked, args=(folder, function, *arguments), daemon=True)
+    process.start()
+    return process
+
+
+def _forked(folder, function, *arguments):
+    os.chdir(folder)
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        stream = open("said" if number == 1 else "errors", "w")
+        os.dup2(stream.fileno(), number)
+        setattr(sys, name, stream)
+    tqdm.set_lock(threading.RLock())  # the inherited one is shared: a kill could leave it taken
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    sys.exit(function(*arguments))
+
+
+def ended(process, seconds=120):
+    """The exit code of a process of `fork`, or minus the signal that ended it."""
+    process.join(seconds)
+    late = process.exitcode is None
+    if late:
+        process.kill()
+        process.join()
+    assert not late, f"not done after {seconds} s"
+    return process.exitcode
 
 
 @pytest.fixture(scope="session")

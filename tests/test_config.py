@@ -1,8 +1,11 @@
 """Sections 1 and 15: precedence, joined methods, bad input, the command line; no dead field."""
 
+import builtins
 import json
+import re
 import subprocess
 import sys
+import traceback
 
 import pytest
 import torch
@@ -204,8 +207,8 @@ def test_bad_input(arguments, expected, run_dir, capsys):
     assert opd.main(arguments) == 2
     printed = capsys.readouterr()
     assert printed.err.startswith("opd.py: ") and expected in printed.err
-    assert printed.err.count("\n") == 1 and printed.out == ""
-    assert list(run_dir.iterdir()) == []
+    assert printed.err.count("\n") == 1 and list(run_dir.iterdir()) == []
+    assert re.fullmatch(r"(\S+ learns from \S+ by \S+, \d+ steps\n)?", printed.out)
 
 
 BROKEN_FILES = {
@@ -272,16 +275,11 @@ def test_a_taken_name_is_refused_and_a_default_one_gets_a_number(run_dir, capsys
     assert opd.new_folder(opd.Config()).name == f"{base.name}-2"
 
 
-def in_a_process(*words, folder="."):
-    command = [sys.executable, str(ROOT / "opd.py"), *words]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=folder)
-
-
-def test_exit_code_and_help_of_the_real_process(run_dir):
-    wrong = in_a_process("--steps", "-1")
-    assert (wrong.returncode, wrong.stdout, wrong.stderr.count("\n")) == (2, "", 1)
-    shown = in_a_process("--help")
-    assert shown.returncode == 0 and all(f"--{f}" in shown.stdout for f in opd.Config.model_fields)
+def test_help_names_every_field(capsys):
+    assert opd.main(["--help"]) == 0
+    shown = capsys.readouterr().out
+    assert "python opd.py --method opd" in shown
+    assert all(f"--{field}" in shown for field in opd.Config.model_fields)
 
 
 USERS = """import opd
@@ -310,25 +308,34 @@ def make_task(name, tokenizer):
         ("draw", "int('x')", "ValueError: invalid literal for int()"),
     ],
 )
-def test_a_mistake_in_a_users_task_keeps_its_own_traceback(where, mistake, error, run_dir):
-    """It is no bad input of ours: the user sees the file, the line and the kind."""
+def test_a_mistake_in_a_users_task_keeps_its_own_traceback(where, mistake, error, run_dir, capsys):
+    """It is no bad input of ours: main lets it through, so Python shows file, line and kind."""
     lines = dict(draw="pass", make="pass") | {where: mistake}
     (run_dir / "mine.py").write_text(USERS.format(**lines))
-    done = in_a_process("--task", "mine.py", folder=run_dir)
-    assert done.returncode == 1 and error in done.stderr.splitlines()[-1]
-    assert "Traceback (most recent call last)" in done.stderr and "mine.py" in done.stderr
-    assert "opd.py: task" not in done.stderr and not (run_dir / "runs").exists()
+    with pytest.raises(Exception) as raised:  # noqa: B017
+        opd.main(["--task", "mine.py"])
+    shown = traceback.format_exception(raised.value)
+    assert type(raised.value) is getattr(builtins, error.partition(":")[0])
+    assert shown[0].startswith("Traceback (most recent call last)") and error in shown[-1]
+    assert raised.traceback[-1].path.name == "mine.py"
+    printed = capsys.readouterr()
+    assert printed.out.count("\n") == 1 and printed.err == "" and not (run_dir / "runs").exists()
 
 
-def test_a_users_task_without_mistakes_trains_and_may_refuse(run_dir):
+def test_a_users_task_without_mistakes_trains_and_may_refuse(run_dir, quick, capsys):
+    """The real process refuses too: the opd that the file imports is the one that runs."""
     (run_dir / "mine.py").write_text(USERS.format(draw="pass", make="pass"))
     words = "--task mine.py --steps 1 --batch_size 4 --eval_prompts 4 --eval_every 0".split()
-    done = in_a_process(*words, folder=run_dir)
-    assert done.returncode == 0, done.stderr
+    assert opd.main(words) == 0
+    capsys.readouterr()
     made = "opd.require(False, f'task = {name!r}: not today')"
     (run_dir / "mine.py").write_text(USERS.format(draw="pass", make=made))
-    done = in_a_process(*words, folder=run_dir)
-    assert (done.returncode, done.stderr) == (2, "opd.py: task = 'mine.py': not today\n")
+    assert opd.main(words) == 2
+    said = "opd.py: task = 'mine.py': not today\n"
+    assert capsys.readouterr().err == said
+    command = [sys.executable, str(ROOT / "opd.py"), *words]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout.count("\n"), done.stderr) == (2, 1, said)
 
 
 # every field is alive: changing it changes the loss, the states, the schedule or the files

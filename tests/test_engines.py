@@ -284,8 +284,9 @@ def test_an_answer_that_lacks_something_is_refused(fake, answer, monkeypatch):
 
 
 @pytest.fixture
-def afar(run_dir):
+def afar(run_dir, monkeypatch):
     """The default run's teacher on a fake server that lists the whole vocabulary."""
+    monkeypatch.setattr(opd, "VALIDATION_PROMPTS", 16)
     with serving(opd.load_model(TEACHER), 60, most=V, room=256) as server:
         yield server
 
@@ -302,12 +303,12 @@ NOT_HERE = {"flop_score", *opd.DIAGNOSED} - HERE_TOO
 @pytest.mark.parametrize("method", ["opd", "cr_opd", "support"])
 def test_a_remote_teacher_teaches(afar, method):
     fields = dict(method=method) if method != "support" else dict(support="teacher")
-    fields |= dict(steps=6, eval_every=6, top_k=V, warmup=0, micro_batch=4, diagnose_every=1)
+    fields |= dict(steps=4, eval_every=4, top_k=V, warmup=0, micro_batch=4, diagnose_every=1)
     here = trained(**fields, name="here")
     there = trained(**fields, name="there", teacher=afar.url)
     assert agree(here.dir, there.dir, 1e-5, NOT_HERE)
     rows, whole = rows_of(there.dir), rows_of(here.dir)
-    assert [row["flop_score"] for row in rows] == [0.0] * 6
+    assert [row["flop_score"] for row in rows] == [0.0] * 4
     known = HERE_TOO | {"reward"} if method != "support" else HERE_TOO - {"gated"}
     for row, twin in zip(rows, whole, strict=True):
         assert {name for name in opd.DIAGNOSED if row[name] is not None} == known
@@ -324,7 +325,7 @@ def test_a_remote_teacher_teaches(afar, method):
 
 
 @pytest.mark.parametrize("fields", [dict(method="opd"), dict(support="teacher")], ids=str)
-def test_a_few_of_the_teachers_tokens_teach(afar, fields):
+def test_a_few_of_the_teachers_tokens_teach(afar, quick, fields):
     fields |= dict(steps=12, eval_every=12, top_k=4, lr=1e-3, warmup=2, decay=0.0, batch_size=16)
     run = trained(**fields, teacher=afar.url)
     rows = rows_of(run.dir)
@@ -404,7 +405,7 @@ def lost(step, leave, *words):
 
 
 @pytest.mark.parametrize("step", [0, 4])
-def test_a_teacher_that_leaves_for_good_and_comes_back(afar, run_dir, capsys, step):
+def test_a_teacher_that_leaves_for_good_and_comes_back(afar, quick, run_dir, capsys, step):
     words = "--steps 7 --method opd --batch_size 16 --eval_prompts 16 --eval_every 7 --top_k 4"
     words = [*words.split(), "--teacher", afar.url]
     assert opd.main([*words, "--name", "whole"]) == 0

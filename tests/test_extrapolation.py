@@ -192,7 +192,7 @@ TINY |= dict(lr=1e-3, warmup=0, decay=0.0, diagnose_every=1)
 
 
 @pytest.fixture(autouse=True)
-def few(monkeypatch):
+def few(quick, monkeypatch):
     monkeypatch.setattr(opd, "EXTRAPOLATE_PROMPTS", 4)
 
 

@@ -21,6 +21,8 @@ from transformers import (
 
 import opd
 
+pytestmark = pytest.mark.usefixtures("quick")  # none looks at a curve
+
 MODELS = "tiny_configs/models/synonym_"
 SYNONYMS = dict(student=f"{MODELS}student", teacher=f"{MODELS}teacher", task="synonyms")
 

@@ -26,8 +26,7 @@ def write(path, **changes):
     return path
 
 
-def test_compare_tunes_on_other_seeds_keeps_results_and_continues(run_dir, monkeypatch):
-    monkeypatch.setattr(opd, "VALIDATION_PROMPTS", 16)
+def test_compare_tunes_on_other_seeds_keeps_results_and_continues(run_dir, quick, monkeypatch):
     path, calls, real = write(run_dir / "spec.json"), [], lab.run_one
 
     def counted(fields, extra=None):
@@ -97,8 +96,8 @@ def test_gradient_noise_takes_no_step_and_is_less_for_the_whole_vocabulary():
     assert once == again
 
 
-def test_foresight_of_a_run_of_one_step_is_the_run_itself(monkeypatch):
-    fields = dict(SPEC["base"], steps=1, lr=1e-2, decay=0.0, batch_size=32, eval_prompts=512)
+def test_foresight_of_a_run_of_one_step_is_the_run_itself(quick):
+    fields = dict(SPEC["base"], steps=1, lr=1e-2, decay=0.0, batch_size=32, eval_prompts=128)
     found = lab.run_one(fields, "foresight")["metrics"]
     assert found["alignment"] == pytest.approx(1, abs=1e-3)
     assert found["early_norm"] == found["norm"] > 0
@@ -193,10 +192,15 @@ def test_results_of_another_edition_are_not_mixed_with_new_ones(run_dir):
 
 
 def test_a_rule_is_a_method_of_a_comparison_and_workers_are_processes_of_their_own(run_dir):
+    """On the command line, from another folder, with two workers; then here, with one."""
     small = dict(SPEC["base"], steps=1, eval_every=1, eval_prompts=4)
     variants = {"OPD": dict(method="opd"), "AOPD": dict(method="aopd")}
     path = write(run_dir / "spec.json", base=small, variants=variants, lr=[1e-3])
-    apart = lab.compare(path, seeds=1, workers=2)
+    done = command("compare", "spec.json", "--seeds", 1, "--workers", 2, folder=run_dir)
+    assert done.returncode == 0, done.stderr
+    assert "a small comparison" in done.stdout and "| AOPD | 0.001 |" in done.stdout
+    assert (run_dir / "spec.png").read_bytes()[:4] == b"\x89PNG"
+    apart = lab.evidence(path, seeds=1)
     lab.results_file(path).unlink()
     here = lab.compare(path, seeds=1, workers=1)
     for name, summary in here.items():
@@ -217,8 +221,7 @@ def test_the_config_and_hooks_of_a_rule(name):
 
 
 @pytest.mark.parametrize("extra", ["noise", "diagnosis", "check", "entropy"])
-def test_what_a_run_measures_besides(extra, monkeypatch):
-    monkeypatch.setattr(opd, "VALIDATION_PROMPTS", 16)
+def test_what_a_run_measures_besides(extra, quick, monkeypatch):
     monkeypatch.setattr(lab.reports, "CHECK_PROMPTS", 16)
     fields = dict(SPEC["base"], method="iw_opd", steps=3, eval_every=3)
     metrics = lab.run_one(fields, extra)["metrics"]
@@ -236,8 +239,7 @@ def test_what_a_run_measures_besides(extra, monkeypatch):
         assert 0 < metrics["entropy, ordinary prompts"] < math.log(19)
 
 
-def test_every_step_is_diagnosed_and_means_are_over_the_last_five(monkeypatch):
-    monkeypatch.setattr(opd, "VALIDATION_PROMPTS", 16)
+def test_every_step_is_diagnosed_and_means_are_over_the_last_five(quick, monkeypatch):
     seen, real = [], lab.experiments.rows_of
     monkeypatch.setattr(lab.experiments, "rows_of", lambda run: seen.append(real(run)) or seen[-1])
     fields = dict(SPEC["base"], steps=6, eval_every=3, batch_size=2)
@@ -253,8 +255,7 @@ def test_every_step_is_diagnosed_and_means_are_over_the_last_five(monkeypatch):
 # recipes around a run
 
 
-def test_a_recipe_is_part_of_a_run(run_dir, monkeypatch):
-    monkeypatch.setattr(opd, "VALIDATION_PROMPTS", 16)
+def test_a_recipe_is_part_of_a_run(run_dir, quick):
     student = "tiny_configs/models/student_muddled"
     fields = dict(SPEC["base"], steps=4, eval_every=2, student=student, lr=1e-3, seed=3)
     plain = lab.run_one(fields)
@@ -300,7 +301,9 @@ def test_a_rule_of_a_comparison_takes_its_own_arguments():
 # models that a comparison needs
 
 
-def test_build_makes_what_a_model_starts_from_and_saves_in_half_precision(run_dir, monkeypatch):
+def test_build_makes_what_a_model_starts_from_and_saves_in_half_precision(
+    run_dir, quick, monkeypatch
+):
     from safetensors.torch import load_file
 
     begun, real = [], opd.train
@@ -373,7 +376,7 @@ def test_bad_input_is_one_line_and_code_2(words, message, capsys, run_dir, main)
     assert not [*run_dir.iterdir()]
 
 
-def test_train_and_report_on_the_command_line(run_dir, capsys, main):
+def test_train_and_report_on_the_command_line(run_dir, quick, capsys, main):
     fields = [str(x) for k, v in SPEC["base"].items() for x in (f"--{k}", v)]
     assert main(["train", "--method", "aopd", "--name", "mine", *fields]) == 0
     said = capsys.readouterr().out
@@ -385,17 +388,7 @@ def test_train_and_report_on_the_command_line(run_dir, capsys, main):
     assert "loss by lab.rules.aopd" in (run_dir / "runs/mine/report.md").read_text()
 
 
-def test_compare_from_another_folder_with_workers(run_dir):
-    base = dict(SPEC["base"], steps=1, eval_prompts=4)
-    variants = {"A": dict(method="opd"), "B": dict(method="eopd")}
-    write(run_dir / "spec.json", base=base, variants=variants, lr=[1e-3])
-    done = command("compare", "spec.json", "--seeds", 1, "--workers", 2, folder=run_dir)
-    assert done.returncode == 0, done.stderr
-    assert "a small comparison" in done.stdout and "| B | 0.001 |" in done.stdout
-    assert (run_dir / "spec.png").read_bytes()[:4] == b"\x89PNG"
-
-
-def test_a_run_of_a_rule_goes_on_by_the_same_rule(run_dir, capsys, monkeypatch, main):
+def test_a_run_of_a_rule_goes_on_by_the_same_rule(run_dir, quick, capsys, monkeypatch, main):
     base = dict(SPEC["base"], eval_every=0, steps=3, name="mine", checkpoint_every=1)
     words = ["train", "--method", "aopd"] + [str(x) for k, v in base.items() for x in (f"--{k}", v)]
     step, real = [], opd.train_step

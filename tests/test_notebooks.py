@@ -3,7 +3,9 @@
 import re
 import subprocess
 import sys
+from pathlib import Path
 
+import matplotlib
 import nbformat
 import pytest
 from conftest import ROOT
@@ -72,27 +74,52 @@ def first_cell(path):
     return next(c.source for c in cells if c.cell_type == "code")
 
 
-@pytest.mark.parametrize("inside", ["", "notebooks", "project", "elsewhere"])
-def test_first_cell_finds_the_project_or_says_what_to_do(inside, tmp_path):
-    """From the project, from its notebooks, with the project in a folder here; or not at all."""
-    where = dict(project=tmp_path, elsewhere=tmp_path / "empty").get(inside, ROOT / inside)
-    where.mkdir(exist_ok=True)
-    if inside == "project":
-        (tmp_path / "opd-py").symlink_to(ROOT)
+def test_first_cell_in_a_process_of_its_own_finds_the_project_in_a_folder_here(tmp_path):
+    (tmp_path / "opd-py").symlink_to(ROOT)
+    code = first_cell(NOTEBOOKS[0])
     done = subprocess.run(
-        [sys.executable, "-c", first_cell(NOTEBOOKS[0])], cwd=where, capture_output=True, text=True
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True
     )
-    if inside == "elsewhere":
-        assert done.returncode == 1 and "upload the project's whole folder" in done.stderr
-        assert "Traceback" not in done.stderr
-    else:
-        assert done.returncode == 0 and done.stdout.endswith("opd.py found\n"), done.stderr
+    assert done.returncode == 0 and done.stdout.endswith("opd.py found\n"), done.stderr
 
 
-def test_first_cell_names_the_command_when_a_package_is_missing():
-    code = "import sys; sys.modules['matplotlib'] = None\n" + first_cell(NOTEBOOKS[0])
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 1 and "%pip install -r" in done.stderr
+@pytest.fixture
+def run_cell(monkeypatch):
+    """Runs the first cell in a folder, where no project is on the path and none is imported."""
+
+    def run(folder):
+        monkeypatch.chdir(folder)
+        for name in [name for name in sys.modules if re.match(r"(lab|opd)(\.|$)", name)]:
+            monkeypatch.delitem(sys.modules, name)
+        ours = (ROOT, ROOT / "notebooks")
+        monkeypatch.setattr(sys, "path", [p for p in sys.path if Path(p).resolve() not in ours])
+        exec(first_cell(NOTEBOOKS[0]), {})
+
+    with matplotlib.rc_context():  # lab.style() is for all pictures to come
+        yield run
+
+
+@pytest.mark.parametrize("inside", ["", "notebooks"])
+def test_first_cell_finds_the_project_from_inside(inside, run_cell, capsys):
+    run_cell(ROOT / inside)
+    assert capsys.readouterr().out.endswith("opd.py found\n")
+    assert Path(sys.modules["opd"].__file__) == ROOT / "opd.py"
+    assert Path(sys.modules["lab"].__file__).parent == ROOT / "notebooks/lab"
+
+
+def test_first_cell_elsewhere_says_what_to_do(run_cell, tmp_path):
+    """A SystemExit with words: Python prints them without a traceback, and ends with code 1."""
+    with pytest.raises(SystemExit, match="upload the project's whole folder") as ended:
+        run_cell(tmp_path)
+    assert isinstance(ended.value.code, str)
+
+
+def test_first_cell_names_the_command_when_a_package_is_missing(run_cell, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.delitem(sys.modules, "matplotlib.pyplot", raising=False)
+    with pytest.raises(SystemExit, match="%pip install -r") as ended:
+        run_cell(ROOT)
+    assert isinstance(ended.value.code, str)
 
 
 @pytest.mark.notebook

@@ -1,7 +1,6 @@
 """Under torchrun: two processes are one, in metrics, weights, files and checkpoints.
 
-Run as a script by torchrun, this file is the worker of the fixture `two`: several trainings for the
-price of one start.
+The fixture `two` forks two workers that see what torchrun would tell them; one test runs torchrun.
 """
 
 import contextlib
@@ -9,20 +8,21 @@ import io
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, agree, rows_of
+from conftest import ROOT, agree, ended, fork, rows_of
 from safetensors.torch import load_file
 
 import opd
 
-SMALL = dict(batch_size=8, steps=6, eval_prompts=16, eval_every=0, warmup=2, checkpoint_every=3)
+SMALL = dict(batch_size=8, steps=4, eval_prompts=16, eval_every=0, warmup=2, checkpoint_every=2)
 SMALL |= dict(diagnose_every=1)
-FULL = dict(SMALL, eval_every=6)
+FULL = dict(SMALL, eval_every=4)
 MUDDLED = "tiny_configs/models/student_muddled"
 CASES = {
     "reinforce": dict(SMALL, method="reinforce", samples_per_prompt=4),
@@ -43,7 +43,7 @@ COMPARED = {
 
 
 def cut_off(**fields):
-    """A run that is interrupted once it has saved its first checkpoint, at step 3."""
+    """A run that is interrupted once it has saved its first checkpoint, at step 2."""
     save = opd.save_checkpoint
     with pytest.MonkeyPatch.context() as patch:
 
@@ -72,10 +72,15 @@ def lying(load_task):
     return load
 
 
-def worker():
-    """What each of the two processes does."""
+def worker(rank, port):
+    """What each of the two processes does, in the folder above its own."""
+    os.chdir("..")
+    opd.RANK, opd.RANKS = rank, 2
+    told = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=2, MASTER_ADDR="localhost", MASTER_PORT=port)
+    os.environ.update({name: str(value) for name, value in told.items()})
     for name, fields in CASES.items():
         with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(opd, "draw_curve", lambda *_: None)
             if name == "effopd" and opd.RANK == 1:  # process 0 decides for both
                 patch.setattr(opd, "load_task", lying(opd.load_task))
             opd.train(opd.Config.load(**fields, name=f"two-{name}"))
@@ -114,7 +119,9 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("processes")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        for name, fields in (*CASES.items(), ("full", FULL)):
+        opd.train(opd.Config.load(**FULL, name="one-full"))
+        patch.setattr(opd, "draw_curve", lambda *_: None)
+        for name, fields in CASES.items():
             opd.train(opd.Config.load(**fields, name=f"one-{name}"))
         cut_off(**FULL, name="cut-by-one")
         yield folder
@@ -122,16 +129,23 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def two(folder):
-    """The folder after the worker: two processes have trained the cases, and cut a run off."""
-    code, _, errors = torchrun(folder, __file__)
-    assert code == 0, errors
+    """The folder after the workers: two processes have trained the cases, and cut a run off."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    places = [folder / f"rank-{rank}" for rank in (0, 1)]
+    for place in places:  # for what they say; they work side by side
+        place.mkdir()
+    both = [fork(place, worker, rank, port) for rank, place in enumerate(places)]
+    codes = [ended(process, 180) for process in both]
+    assert codes == [0, 0], [(place / "errors").read_text() for place in places]
     return folder / "runs"
 
 
 def same_run(one, other):
     """Metrics and weights within 1e-5, and the evaluations of result.json alike."""
     assert all(row.keys() == COMPARED for row in rows_of(one))
-    assert len(rows_of(other)) == 6 and agree(one, other, 1e-5)
+    assert len(rows_of(other)) == 4 and agree(one, other, 1e-5)
     weights = [load_file(run / "model/model.safetensors") for run in (one, other)]
     assert max((weights[0][key] - weights[1][key]).abs().max() for key in weights[0]) < 1e-5
     results = [json.loads((run / "result.json").read_text()) for run in (one, other)]
@@ -167,7 +181,7 @@ def test_opd_under_torchrun_writes_one_run(folder, tmp_path):
     assert code == 0, errors
     (run,) = (tmp_path / "runs").iterdir()  # one folder, though both have looked for a name
     assert run.name == "opd_full-student_hasty-seed0"
-    assert [row["step"] for row in rows_of(run)] == [1, 2, 3, 4, 5, 6]
+    assert [row["step"] for row in rows_of(run)] == [1, 2, 3, 4]
     assert {x.name for x in run.iterdir()} == {x.name for x in (folder / "runs/one-full").iterdir()}
     assert said.count("see runs/") == said.count("student before") == 1
     assert same_run(folder / "runs/one-full", run)
@@ -180,7 +194,7 @@ def test_two_go_on_from_one(two):
 
 def test_one_goes_on_from_two(two):
     run = two / "cut-by-two"
-    assert len(rows_of(run)) == 3 and not (run / "result.json").exists()
+    assert len(rows_of(run)) == 2 and not (run / "result.json").exists()
     resume(run)
     assert same_run(two / "one-full", run)
 
@@ -194,7 +208,3 @@ def test_a_batch_that_does_not_divide_is_refused(two):
     for rank in (0, 1):
         assert (two.parent / f"refused-{rank}").read_text().splitlines() == [said]
     assert not (two / "never").exists()
-
-
-if __name__ == "__main__":
-    worker()

@@ -10,6 +10,7 @@ from conftest import ROOT, random_prompts, tiny_llama
 
 import opd
 
+pytestmark = pytest.mark.usefixtures("quick")  # none looks at a curve
 MODELS = "tiny_configs/models/"
 SMALL = dict(batch_size=8, eval_prompts=8, eval_every=0, warmup=0)
 

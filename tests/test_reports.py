@@ -10,6 +10,7 @@ from conftest import ROOT
 
 import opd
 
+pytestmark = pytest.mark.usefixtures("quick")  # none looks at a curve
 MODELS = ROOT / "tiny_configs" / "models"
 SMALL = dict(batch_size=8, eval_prompts=16, warmup=2)
 

@@ -7,19 +7,22 @@ import math
 import os
 import re
 import signal
-import subprocess
-import sys
 import textwrap
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, rows_of
+from conftest import ended, fork, rows_of
 
 import opd
 
 SMALL = dict(batch_size=8, eval_prompts=16, warmup=2, runs="runs")
+
+
+@pytest.fixture(autouse=True)
+def small_validation(monkeypatch):
+    monkeypatch.setattr(opd, "VALIDATION_PROMPTS", 16)
 
 
 def ready(**fields):
@@ -361,9 +364,9 @@ def test_frozen_models_are_read_once_a_rollout(monkeypatch):
     assert read.count("teacher") == 2 and read.count("student") == 2 * 3  # two micro-batches
 
 
-def test_diagnosed_steps_are_the_ones_asked_for(run_dir):
+def test_diagnosed_steps_are_the_ones_asked_for(run_dir, quick):
     def measured(**fields):
-        run = opd.train(opd.Config.load(**SMALL, steps=5, **fields))
+        run = opd.train(opd.Config.load(**SMALL, steps=5, max_tokens=9, **fields))
         rows, sampled = rows_of(run.dir), ("reward", "engine_gap", "ratio_max", "gated")
         for row in rows:
             known = {row[key] is not None for key in opd.DIAGNOSED if key not in sampled}
@@ -401,7 +404,7 @@ def test_evaluation_repeats_and_does_not_depend_on_its_batches(world):
 
 
 def test_the_test_prompts_and_noise_are_of_the_seed_and_the_same_for_all_models(
-    run_dir, monkeypatch
+    run_dir, quick, monkeypatch
 ):
     """The spread over seeds holds the evaluation's own error; validation prompts are fixed."""
     met, evaluate = [], opd.evaluate
@@ -496,7 +499,7 @@ def test_a_gradient_that_is_not_finite_moves_nothing(poison):
     assert not optimizer.state
 
 
-def test_it_stops_the_run_with_the_last_checkpoint_in_place(run_dir):
+def test_it_stops_the_run_with_the_last_checkpoint_in_place(run_dir, quick):
     calls = []
 
     def poisoned(c, logp, logq, *rest):
@@ -567,7 +570,7 @@ def test_a_rule_of_five_lines_changes_the_training(hook):
         assert own["loss"] == pytest.approx(plain["loss"] + forward, abs=1e-4)
 
 
-def test_all_four_hooks_reach_a_run_and_their_names_its_config(run_dir):
+def test_all_four_hooks_reach_a_run_and_their_names_its_config(run_dir, quick):
     fields = dict(SMALL, steps=2, eval_every=0)
     plain = opd.train(opd.Config.load(**fields, name="plain"))
     run = opd.train(opd.Config.load(**fields, name="own"), **{k: f for k, (f, _) in RULES.items()})
@@ -578,7 +581,7 @@ def test_all_four_hooks_reach_a_run_and_their_names_its_config(run_dir):
     assert opd.Config.load(run.dir / "config.json") == run.config
 
 
-def test_a_run_with_a_hook_goes_on_only_with_it(run_dir, capsys):
+def test_a_run_with_a_hook_goes_on_only_with_it(run_dir, quick, capsys):
     fields = dict(SMALL, steps=4, eval_every=0, checkpoint_every=2)
     whole = opd.train(opd.Config.load(**fields, name="whole"), loss=jeffreys)
     cut_after_a_checkpoint(opd.Config.load(**fields, name="cut"), loss=jeffreys)
@@ -618,26 +621,22 @@ def cut_after_a_checkpoint(config, **hooks):
             opd.train(config, **hooks)
 
 
-def start(folder, *words):
-    """opd.py in a process of its own."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(ROOT / "opd.py"), *map(str, words)]
-    pipe = subprocess.PIPE
-    return subprocess.Popen(
-        command, cwd=folder, env=environment, stdout=pipe, stderr=pipe, text=True
-    )
+def quick_main(*words):
+    """opd.main, with a small validation."""
+    opd.VALIDATION_PROMPTS = 16
+    return opd.main([str(word) for word in words])
 
 
-RUN = ("--steps", 14, "--batch_size", 8, "--eval_prompts", 16, "--eval_every", 4,
+RUN = ("--steps", 12, "--batch_size", 8, "--eval_prompts", 16, "--eval_every", 4,
        "--checkpoint_every", 3)  # fmt: skip
 
 
-def wait_for_rows(folder, process, n):
-    file = folder / "metrics.jsonl"
+def wait_for_rows(run, process, n):
+    file = run / "metrics.jsonl"
     for _ in range(6000):
         if file.exists() and file.read_text().count("\n") >= n:
             return
-        assert process.poll() is None, process.stderr.read()
+        assert process.is_alive(), (run.parent.parent / "errors").read_text()
         time.sleep(0.01)
     raise AssertionError(f"no {n} rows after a minute")
 
@@ -645,24 +644,25 @@ def wait_for_rows(folder, process, n):
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole")
-    process = start(folder, *RUN, "--name", "whole")
-    assert process.wait(120) == 0, process.stderr.read()
+    code = ended(fork(folder, quick_main, *RUN, "--name", "whole"))
+    assert code == 0, (folder / "errors").read_text()
     return folder / "runs" / "whole"
 
 
 def cut_off(run, rows, number, *words):
     """Start a run in its grandparent folder, send it a signal once it has so many rows."""
-    process = start(run.parent.parent, *words)
+    folder = run.parent.parent
+    process = fork(folder, quick_main, *words)
     wait_for_rows(run, process, rows)
-    process.send_signal(number)
-    _, errors = process.communicate(timeout=120)
-    return process.returncode, errors
+    os.kill(process.pid, number)
+    return ended(process), (folder / "errors").read_text()
 
 
 def finish(run):
     """Resume a run in a process of its own, to its end."""
-    process = start(run.parent.parent, "--resume", f"runs/{run.name}")
-    assert process.wait(120) == 0, process.stderr.read()
+    folder = run.parent.parent
+    code = ended(fork(folder, quick_main, "--resume", f"runs/{run.name}"))
+    assert code == 0, (folder / "errors").read_text()
 
 
 def result_of(folder):
@@ -684,7 +684,7 @@ def test_resume_after_sigkill(uninterrupted, tmp_path):
     with open(killed / "metrics.jsonl", "a") as file:
         file.write('{"step": 99, "lo')  # the kill may cut a line
     (killed / "checkpoint" / "last.pt.part").write_bytes(b"half a checkpoint")
-    assert cut_off(killed, 9, signal.SIGKILL, "--resume", "runs/cut")[0] == -signal.SIGKILL
+    assert cut_off(killed, 8, signal.SIGKILL, "--resume", "runs/cut")[0] == -signal.SIGKILL
     finish(killed)
     assert rows_of(killed) == rows_of(uninterrupted)
     assert result_of(killed) == result_of(uninterrupted)
@@ -735,8 +735,9 @@ def test_a_damaged_checkpoint_is_one_line(run_dir, capsys):
     assert "Traceback" not in said
 
 
-def test_a_critic_learns_the_value_and_survives_a_resume(run_dir, monkeypatch):
-    fields = dict(SMALL, method="gae_opd", lr=1e-9, checkpoint_every=3)
+def test_a_critic_learns_the_value_and_survives_a_resume(run_dir, quick, monkeypatch):
+    fields = dict(SMALL, method="gae_opd", lr=1e-9, checkpoint_every=3, diagnose_every=1)
+    fields |= dict(eval_every=0, eval_prompts=4)
     errors, gae = [], opd.gae
 
     def watched(reward, value, mask, *rest, **how):
@@ -818,7 +819,7 @@ def test_a_finished_run_is_not_resumed(uninterrupted, monkeypatch, capsys):
     assert "that run is finished" in capsys.readouterr().err
 
 
-def test_an_interrupt_inside_a_step_never_saves_half_of_it(run_dir, monkeypatch):
+def test_an_interrupt_inside_a_step_never_saves_half_of_it(run_dir, quick, monkeypatch):
     fields = dict(SMALL, steps=4, eval_every=1, checkpoint_every=1)
     whole = rows_of(opd.train(opd.Config.load(**fields, name="whole")).dir)
     validation, calls = opd.validation, []
