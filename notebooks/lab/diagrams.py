@@ -185,8 +185,9 @@ def board(texts: list[tuple], title: str, wide: int, full: float = 6.0) -> Figur
     figure = Figure(figsize=(0.165 * (wide + 16), 0.27 * (len(texts) + 1.4)))
     axis = figure.subplots()
     for y, (prompt, right, tokens, values) in enumerate(texts):
-        axis.text(-0.5, y + 0.5, f"{prompt.removeprefix('<b> ')}  {'✓' if right else '✗'}", ha="right", va="center",
-                  family="DejaVu Sans Mono", fontsize=8)  # fmt: skip
+        asked = f"{prompt.removeprefix('<b> ')}  {'✓' if right else '✗'}"
+        mono = dict(va="center", family="DejaVu Sans Mono", fontsize=8)
+        axis.text(-0.5, y + 0.5, asked, ha="right", **mono)
         for x, (token, value) in enumerate(zip(tokens, values[: len(tokens)], strict=True)):
             colour, strength = BLUE if value > 0 else ORANGE, min(1.0, abs(value) / full)
             axis.add_patch(Rectangle((x, y + 0.05), 1, 0.9, fc=colour, alpha=strength, ec="none"))
