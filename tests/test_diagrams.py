@@ -60,15 +60,15 @@ def test_an_animation_has_a_picture_a_step_and_a_limit(tmp_path, monkeypatch):
     file = lab.animate(draw, [0, 1, 3], tmp_path / "x.gif", seconds=0.5)
     image = Image.open(file)
     assert image.n_frames == 3 and image.is_animated
-    colours = []
+    durations = []
     for frame in range(3):
         image.seek(frame)
-        colours.append(image.info["duration"])
+        durations.append(image.info["duration"])
         seen = image.convert("RGB").getcolors(10**6)
         if frame == 2:  # the palette has both colours, though the first picture is pale
             assert {True} == {any(r - b > 100 for _, (r, _, b) in seen),
                               any(b - r > 100 for _, (r, _, b) in seen)}  # fmt: skip
-    assert colours == [500, 500, 1500]
+    assert durations == [500, 500, 1500]
     monkeypatch.setattr(lab.diagrams, "LARGEST", 100)
     with pytest.raises(opd.InputError, match="bytes; must be at most 100"):
         lab.animate(draw, [0, 1], tmp_path / "y.gif")
