@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))  # for `import opd`
 
+from .course import CAST, cast
 from .diagrams import (
     FIGURES,
     animate,
