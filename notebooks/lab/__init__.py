@@ -44,6 +44,7 @@ from .experiments import (
     run_one,
     summary_of,
 )
+from .fig01 import FIGURES as FIGURES_01
 from .geometry import (
     auroc,
     coherence,
@@ -113,3 +114,5 @@ from .rules import (
     train,
 )
 from .trees import Tree, positions_of, through_eos
+
+FIGURES |= FIGURES_01
