@@ -28,6 +28,7 @@ from .experiments import (
 from .formulas import (
     divergence_advantage, entropy_gate, position_weights, prune_weights, tilted_teacher,
 )
+from .fig01 import FIGURES as FIGURES_01
 from .geometry import (
     auroc, coherence, entropy_of, foresight, gradient_moments, gradient_noise, kl_by_position,
     matrices, norm_scaled, spectrum, subspace_alignment, top_share, update_geometry,
@@ -47,3 +48,5 @@ from .reports import (
 )
 from .rules import RULES, train
 from .trees import Tree, positions_of, through_eos
+
+FIGURES |= FIGURES_01
