@@ -219,11 +219,12 @@ EXERCISES = {
     "3.3": Exercise("logp logq", token_loss, bug=broken.k3_as_loss, on="gradients",
                     via=mean_over_tokens),
     "4.1": Exercise("logp logq ids", lambda *a: on_ids(*a, "bucket")),
-    "4.2": Exercise("logp logq ids", lambda *a: on_ids(*a, "generalised"), on="gradients",
-                    bug=broken.plainly_truncated_reverse_kl),
-    "4.3": Exercise("logp logq", lambda p, q, a: token_loss(by_token(p, a), by_token(q, a)),
-                    bug=lambda p, q, a: broken.state_only_advantage(p, q, by_token(p, a)),
-                    on="gradients", via=mean_over_actions),
+    "4.2": Exercise("logp logq ids", lambda p, q, ids: on_ids(q, p, ids, "generalised"),
+                    bug=broken.clamped_truncated_forward_kl),
+    "4.3": Exercise("logp logq ids", lambda *a: on_ids(*a[:3], "generalised") - (
+                        broken.plainly_truncated_reverse_kl(*a[:3])
+                        - broken.exact_head_and_sampled_tail(*a)),
+                    bug=broken.exact_head_and_sampled_tail, on="gradients", via=mean_over_actions),
     "5.1": Exercise("reward mask gamma", opd.discounted_return),
     "5.2": Exercise("grouped samples", opd.leave_one_out, bug=broken.mean_of_all_samples),
     "5.3": Exercise("reward value mask gamma lam bootstrap", lambda *a: opd.gae(*a)[0],
