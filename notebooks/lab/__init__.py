@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))  # for `import opd`
 
-from . import fig04
+from . import fig04, fig05
 from .course import CAST, cast
 from .diagrams import (
     FIGURES,
@@ -115,4 +115,4 @@ from .rules import (
 )
 from .trees import Tree, positions_of, through_eos
 
-FIGURES |= fig04.FIGURES
+FIGURES |= fig04.FIGURES | fig05.FIGURES

@@ -138,17 +138,10 @@ def ex_5_2(reward: Tensor, samples: int) -> Tensor:
     return (groups - others).flatten()
 
 
-def ex_5_3(
-    reward: Tensor, value: Tensor, mask: Tensor, gamma: float, lam: float, bootstrap: Tensor
-) -> Tensor:
-    """Behind the last token stands `bootstrap`, which is 0 only after a true EOS."""
-    advantage, carry, after = torch.zeros_like(reward), torch.zeros_like(bootstrap), bootstrap
-    for t in reversed(range(reward.shape[1])):
-        delta = reward[:, t] + gamma * after - value[:, t]
-        carry = torch.where(mask[:, t], delta + gamma * lam * carry, carry)
-        after = torch.where(mask[:, t], value[:, t], after)
-        advantage[:, t] = carry
-    return torch.where(mask, advantage, 0.0)
+def ex_5_3(value: Tensor, mask: Tensor, finished: Tensor) -> Tensor:
+    """Row i has mask[i].sum() tokens: that state stands behind them; behind an EOS is nothing."""
+    behind = value.gather(1, mask.sum(1, keepdim=True)).squeeze(1)
+    return torch.where(finished, 0.0, behind)
 
 
 # --- 06 vocabulary routing ------------------------------------------------------------------------
