@@ -76,8 +76,8 @@ def make_inputs(key: str, names: str, case: int, empty: bool) -> tuple[dict[str,
         seen=lambda: torch.arange(T) >= whole(0, T, B)[:, None],
         text=lambda: text(2), eos_id=lambda: 2,
         two_texts=lambda: text(1, 2), student_eos=lambda: 1, teacher_eos=lambda: 2,
-        mask=lambda: mask, x=masked, reward=masked, value=masked,
-        bootstrap=lambda: normal(B) * (torch.arange(B) != 1),
+        mask=lambda: mask, x=masked, reward=masked,
+        value=lambda: normal(B, T + 1), finished=lambda: torch.arange(B) % 2 == 1,
         samples=lambda: B, grouped=lambda: normal(2 * B), pieces=lambda: 2, horizon=lambda: 3,
         gamma=lambda: 0.5 + 0.1 * case, lam=lambda: 0.9, temperature=lambda: 2.0 + case,
         beta=lambda: 0.3 + 0.1 * case, scale=lambda: 1.25 + case, k=lambda: 3 + case,
@@ -195,6 +195,11 @@ def behind_prompt(answers: Tensor, seen: Tensor) -> Tensor:
     return answers.gather(1, at)
 
 
+def bootstrap(value: Tensor, mask: Tensor, finished: Tensor) -> Tensor:
+    """The value behind each row's own last token, 0 behind an EOS."""
+    return torch.where(finished, 0.0, value.gather(1, mask.sum(1, keepdim=True)).squeeze(1))
+
+
 def by_token(law: Tensor, tokens: Tensor) -> Tensor:
     return opd.of_tokens(law.log_softmax(-1), tokens)
 
@@ -219,15 +224,15 @@ EXERCISES = {
     "3.3": Exercise("logp logq", token_loss, bug=broken.k3_as_loss, on="gradients",
                     via=mean_over_tokens),
     "4.1": Exercise("logp logq ids", lambda *a: on_ids(*a, "bucket")),
-    "4.2": Exercise("logp logq ids", lambda *a: on_ids(*a, "generalised"), on="gradients",
-                    bug=broken.plainly_truncated_reverse_kl),
-    "4.3": Exercise("logp logq", lambda p, q, a: token_loss(by_token(p, a), by_token(q, a)),
-                    bug=lambda p, q, a: broken.state_only_advantage(p, q, by_token(p, a)),
-                    on="gradients", via=mean_over_actions),
+    "4.2": Exercise("logp logq ids", lambda p, q, ids: on_ids(q, p, ids, "generalised"),
+                    bug=broken.clamped_truncated_forward_kl),
+    "4.3": Exercise("logp logq ids", lambda *a: on_ids(*a[:3], "generalised") - (
+                        broken.plainly_truncated_reverse_kl(*a[:3])
+                        - broken.exact_head_and_sampled_tail(*a)),
+                    bug=broken.exact_head_and_sampled_tail, on="gradients", via=mean_over_actions),
     "5.1": Exercise("reward mask gamma", opd.discounted_return),
     "5.2": Exercise("grouped samples", opd.leave_one_out, bug=broken.mean_of_all_samples),
-    "5.3": Exercise("reward value mask gamma lam bootstrap", lambda *a: opd.gae(*a)[0],
-                    bug=lambda *a: opd.gae(*a[:-1])[0]),
+    "5.3": Exercise("value mask finished", bootstrap, bug=lambda v, m, ended: v[:, -1]),
     "6.1": Exercise("logp tokens", first_order, on="values"),
     "6.2": Exercise("logp logq tokens k min_prob", lambda p, q, a, k, least: opd.routing_target(
                         p, q, a, top_k=k, min_prob=least)[0], on="values"),

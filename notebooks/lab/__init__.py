@@ -28,7 +28,8 @@ from .experiments import (
 from .formulas import (
     divergence_advantage, entropy_gate, position_weights, prune_weights, tilted_teacher,
 )
-from .fig01 import FIGURES as FIGURES_01
+from .fig04 import tails
+from .fig05 import blame
 from .geometry import (
     auroc, coherence, entropy_of, foresight, gradient_moments, gradient_noise, kl_by_position,
     matrices, norm_scaled, spectrum, subspace_alignment, top_share, update_geometry,
@@ -49,4 +50,6 @@ from .reports import (
 from .rules import RULES, train
 from .trees import Tree, positions_of, through_eos
 
-FIGURES |= FIGURES_01
+from . import fig01, fig04, fig05, fig13
+
+FIGURES |= fig01.FIGURES | fig04.FIGURES | fig05.FIGURES | fig13.FIGURES

@@ -103,15 +103,18 @@ def ex_4_1(logp: Tensor, logq: Tensor, ids: Tensor) -> Tensor:
 
 
 def ex_4_2(logp: Tensor, logq: Tensor, ids: Tensor) -> Tensor:
-    """sg(p l) log p.  Subtracting p (and adding q) inside the sum has the same gradient."""
+    """The generalised form with the two sides exchanged: q log(q/p) - q + p, term by term >= 0."""
     lp, lq = logp.gather(-1, ids), logq.gather(-1, ids)
-    return ((lp.exp() * (lp - lq)).detach() * lp).sum(-1)
+    return (lq.exp() * (lq - lp) - lq.exp() + lp.exp()).sum(-1)
 
 
-def ex_4_3(logp: Tensor, logq: Tensor, action: Tensor) -> Tensor:
-    """The drawn token's own log-ratio.  With the state's KL added, a baseline, it is right too."""
+def ex_4_3(logp: Tensor, logq: Tensor, ids: Tensor, action: Tensor) -> Tensor:
+    """The exact half had l + 1, the sampled half l: with sg(p l) log p both have l."""
+    lp, lq = logp.gather(-1, ids), logq.gather(-1, ids)
+    head = ((lp.exp() * (lp - lq)).detach() * lp).sum(-1)
     logp_a, logq_a = (x.gather(-1, action[..., None]).squeeze(-1) for x in (logp, logq))
-    return -(logq_a - logp_a).detach() * logp_a
+    outside = (ids != action[..., None]).all(-1)
+    return head + outside * (logp_a - logq_a).detach() * logp_a
 
 
 # --- 05 temporal credit ---------------------------------------------------------------------------
@@ -134,17 +137,10 @@ def ex_5_2(reward: Tensor, samples: int) -> Tensor:
     return (groups - others).flatten()
 
 
-def ex_5_3(
-    reward: Tensor, value: Tensor, mask: Tensor, gamma: float, lam: float, bootstrap: Tensor
-) -> Tensor:
-    """Behind the last token stands `bootstrap`, which is 0 only after a true EOS."""
-    advantage, carry, after = torch.zeros_like(reward), torch.zeros_like(bootstrap), bootstrap
-    for t in reversed(range(reward.shape[1])):
-        delta = reward[:, t] + gamma * after - value[:, t]
-        carry = torch.where(mask[:, t], delta + gamma * lam * carry, carry)
-        after = torch.where(mask[:, t], value[:, t], after)
-        advantage[:, t] = carry
-    return torch.where(mask, advantage, 0.0)
+def ex_5_3(value: Tensor, mask: Tensor, finished: Tensor) -> Tensor:
+    """Row i has mask[i].sum() tokens: that state stands behind them; behind an EOS is nothing."""
+    behind = value.gather(1, mask.sum(1, keepdim=True)).squeeze(1)
+    return torch.where(finished, 0.0, behind)
 
 
 # --- 06 vocabulary routing ------------------------------------------------------------------------
