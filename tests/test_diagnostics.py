@@ -113,8 +113,8 @@ def metrics_of(before, drawn, mask, **fields):
     rollout = opd.Rollout(prompts.ids, prompts.mask, none.long(), mask, drawn, none[:, 0].bool())
     world = opd.World(tiny_llama(vocab=19), None, None, None, {})
     world.flop[world.student] = 1.0
-    log_ratio, none = (torch.tensor(before) - drawn)[mask], none[mask]
-    seen = [dict(log_ratio=log_ratio, loss=none, weight=none, reward=none)]
+    gap, none = (torch.tensor(before) - drawn)[mask], none[mask]
+    seen = [dict(gap=gap, loss=none, weight=none, reward=none)]
     row = opd.step_metrics(config, world, rollout, torch.zeros(2).bool(), seen)
     return [row["engine_gap"], row["ratio_max"]], row["tokens_sampled"]
 

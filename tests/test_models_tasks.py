@@ -253,7 +253,7 @@ def test_soft_labels_are_the_forward_kl_to_the_exact_law(style, synonyms, run_di
     fresh = runpy.run_path(str(file.with_name("build.py")))["fresh"]
     fresh("synonyms_d64", config.student)
     world, task = opd.load_world(config), synonyms[style]
-    prompts = opd.write(config, world, 0, 1)[0]
+    prompts = task.prompts(8, "train", f"{config.seed} 0")
     text = demonstrated(task, prompts, task.max_tokens)
     with torch.no_grad():
         labels, logp = SYNONYMS["exact"](text, style), opd.score(world.student, text)

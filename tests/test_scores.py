@@ -127,14 +127,14 @@ def test_two_micro_batches_with_the_global_total_equal_one_batch(how):
 
 def watched(monkeypatch, chunk_logits=1):
     """The shapes of all logits from here on, with chunks of CHUNK_LOGITS."""
-    shapes, log_probs = [], opd.log_probs
+    shapes, from_logits = [], opd.from_logits
 
-    def watch(model, hidden, **settings):
-        found = log_probs(model, hidden, **settings)
+    def watch(logits, **settings):
+        found = from_logits(logits, **settings)
         shapes.append(found.shape)
         return found
 
-    monkeypatch.setattr(opd, "log_probs", watch)
+    monkeypatch.setattr(opd, "from_logits", watch)
     monkeypatch.setattr(opd, "CHUNK_LOGITS", chunk_logits)
     return shapes
 
