@@ -230,7 +230,7 @@ EXERCISES = {
                     bug=lambda *a: opd.gae(*a[:-1])[0]),
     "6.1": Exercise("logp tokens", first_order, on="values"),
     "6.2": Exercise("logp logq tokens k min_prob", lambda p, q, a, k, least: opd.routing_target(
-                        p, q, a, top_k=k, min_prob=least)[0], on="values"),
+                        p, q, a, top_k=k, min_prob=least, target="deficit")[0]),
     "6.3": Exercise("logp_a logq_a", opd.log_ratio_reward, bug=broken.k3_as_reward),
     "7.1": Exercise("x mask", lambda x, m: opd.masked_mean(x, m, "sequence_mean"), empty=True),
     "7.2": Exercise("logq logref scale", lab.tilted_teacher),

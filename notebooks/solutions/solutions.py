@@ -159,11 +159,11 @@ def ex_6_1(logp: Tensor, action: Tensor) -> Tensor:
 
 
 def ex_6_2(logp: Tensor, logq: Tensor, action: Tensor, k: int, least: float) -> Tensor:
-    """Three conditions and `not a`; then q over its sum on C.  The clamp leaves an empty C at 0."""
-    p, q = logp.exp(), logq.exp()
+    """C as before, then q - p over its sum; p is detached, or the student moves its own target."""
+    p, q = logp.detach().exp(), logq.detach().exp()
     wanted = torch.zeros_like(p, dtype=torch.bool).scatter(-1, q.topk(k).indices, True)
     drawn = one_hot(action, p.shape[-1]).bool()
-    r = torch.where(wanted & ~drawn & (p >= least) & (q > p), q, 0.0)
+    r = torch.where(wanted & ~drawn & (p >= least) & (q > p), q - p, 0.0)
     return r / r.sum(-1, keepdim=True).clamp(min=1e-300)
 
 
