@@ -175,6 +175,11 @@ def within(mask: Tensor, horizon: int) -> Tensor:
     return mask & (torch.arange(mask.shape[1]) < horizon)
 
 
+def drift_weights(reward: Tensor, mask: Tensor, kappa: float) -> Tensor:
+    size = torch.where(mask, reward.abs(), 0.0)
+    return mask * (1 + kappa * (size - size.cumsum(-1)).exp())
+
+
 def staircase(step: int, steps: int, start: int, end: int, growth: float) -> int:
     fields = dict(schedule="staircase", horizon_start=start, growth=growth)
     return opd.horizon_at(step, opd.Config(steps=steps, max_tokens=end, **fields))
@@ -232,8 +237,9 @@ EXERCISES = {
     "6.2": Exercise("logp logq tokens k min_prob", lambda p, q, a, k, least: opd.routing_target(
                         p, q, a, top_k=k, min_prob=least, target="deficit")[0]),
     "6.3": Exercise("logp_a logq_a", opd.log_ratio_reward, bug=broken.k3_as_reward),
-    "7.1": Exercise("x mask", lambda x, m: opd.masked_mean(x, m, "sequence_mean"), empty=True),
-    "7.2": Exercise("logq logref scale", lab.tilted_teacher),
+    "7.1": Exercise("reward mask gamma", drift_weights, on="values"),
+    "7.2": Exercise("x mask seen", lambda x, m, gate: opd.masked_mean(torch.where(gate, x, 0.0), m),
+                    bug=lambda x, m, gate: x[m & gate].sum() / (m & gate).sum(), empty=True),
     "7.3": Exercise("x mask pieces", lambda x, m, n: opd.masked_mean(x, m),
                     bug=lambda x, m, n: broken.mean_of_micro_batch_means(
                         [*zip(x.chunk(n), m.chunk(n), strict=True)])),

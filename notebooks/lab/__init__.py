@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))  # for `import opd`
 
-from . import fig06
+from . import fig06, fig07
 from .course import CAST, cast
 from .diagrams import (
     FIGURES,
@@ -115,4 +115,4 @@ from .rules import (
 )
 from .trees import Tree, positions_of, through_eos
 
-FIGURES.update(fig06.FIGURES)
+FIGURES.update(fig06.FIGURES | fig07.FIGURES)
