@@ -43,7 +43,6 @@ Tags        [paper] read in the paper, [code] read in its code, [secondary] abst
 """
 
 import ast
-import difflib
 import hashlib
 import importlib
 import itertools
@@ -55,7 +54,6 @@ import runpy
 import signal
 import sys
 import time
-import warnings
 from collections import Counter, namedtuple
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
@@ -121,7 +119,6 @@ class Config(BaseModel, extra="forbid", strict=True, frozen=True, allow_inf_nan=
     method: str = opt("opd_full", "names from `python opd.py methods`, joined by +")
     # states: whose text is learned from
     states: Literal["student", "teacher", "data"] = opt("student", "who writes the text")
-    student_share: float = opt(0.0, "teacher, data: batches the student writes (GKD)", ge=0, le=1)
     keep: Literal["all", "right"] = opt("all", "right: wrong or cut responses weigh 0")
     batch_size: int = opt(64, "responses a step", ge=1, le=MANY)
     samples_per_prompt: int = opt(1, "responses to each prompt; divides batch_size", ge=1)
@@ -195,9 +192,8 @@ class Config(BaseModel, extra="forbid", strict=True, frozen=True, allow_inf_nan=
 
     @model_validator(mode="after")
     def _refuse_what_would_train_something_else(self) -> "Config":
-        c, own = self, self.states == "student"
-        direct = c.route == "direct"
-        writes, copies = own or c.student_share > 0, c.feedback == "imitation"
+        c, direct = self, self.route == "direct"
+        own, copies = c.states == "student", c.feedback == "imitation"
         judged = c.feedback == "teacher" and not direct  # token by token, by the log-ratio
         cut, forward = direct and c.support != "full", c.divergence == "forward_kl"
         bare = c.tail in ("stop_gradient", "generalised")  # for the reverse KL only
@@ -211,7 +207,7 @@ class Config(BaseModel, extra="forbid", strict=True, frozen=True, allow_inf_nan=
             ("horizon", isinstance(c.horizon, float) and c.horizon >= 1, "a share below 1"),
             ("route", not direct and (not own or copies), "states student, and not imitation"),
             ("feedback", direct and c.feedback == "verifier", "route policy_gradient"),
-            ("feedback", copies and writes and c.keep == "all", "other states, or keep right"),
+            ("feedback", copies and own and c.keep == "all", "other states, or keep right"),
             ("gamma", c.gamma > 0 and not judged, "route policy_gradient, feedback teacher"),
             ("negative", c.negative == "route" and not judged, "route policy_gradient, a teacher"),
             ("baseline", direct and c.baseline != "none", "route policy_gradient"),
@@ -219,7 +215,7 @@ class Config(BaseModel, extra="forbid", strict=True, frozen=True, allow_inf_nan=
             ("divergence", not direct and c.divergence != "reverse_kl", "route direct"),
             ("support", cut and c.divergence == "jsd", "divergence reverse_kl or forward_kl"),
             ("tail", cut and bare and forward, "divergence reverse_kl"),
-            ("top_p", c.top_p < 1 and not (direct and writes), "the student's text, route direct"),
+            ("top_p", c.top_p < 1 and not (direct and own), "the student's text, route direct"),
             ("samples_per_prompt", uneven, f"{least} or more, that divide {c.batch_size} rows"),
         ]:
             require(not wrong, f"{name} = {getattr(c, name)!r}: needs {needs}")
@@ -243,9 +239,7 @@ class Config(BaseModel, extra="forbid", strict=True, frozen=True, allow_inf_nan=
             bad = error.errors()[0]
         name, why = "".join(map(str, bad["loc"][:1])), bad["msg"].removeprefix("Value error, ")
         require(name, why)  # our own validator's
-        if bad["type"] == "extra_forbidden":
-            close = difflib.get_close_matches(name, cls.model_fields, n=1)
-            why = f"unknown field; did you mean {close[0]}?" if close else "unknown; see --help"
+        why = "unknown field; see --help" if bad["type"] == "extra_forbidden" else why
         raise InputError(f"{name} = {bad['input']!r}: {why[0].lower()}{why[1:]}")
 
 
@@ -268,8 +262,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "prefix": dict(schedule="linear", horizon_start=6, growth=1.0),
     # EffOPD 2605.11739: extrapolate the parameters at steps 1, 2, 4, 8, ...  [paper; code]
     "effopd": dict(extrapolate="accuracy"),
-    # GKD 2306.13649: mixed states, JSD; KL on the teacher's text; imitation  [secondary; derived]
-    "gkd": dict(states="data", student_share=0.5, divergence="jsd", beta=0.5),
+    # GKD 2306.13649, all on-policy; KL on the teacher's text; imitation  [secondary; derived]
+    "gkd": dict(states="student", divergence="jsd", beta=0.5),
     "kd": dict(states="teacher", feedback="teacher", route="direct", divergence="forward_kl"),
     "sft": dict(states="data", feedback="imitation", route="direct"),
     # the sparse rival: right or wrong, against the prompt's other samples  [derived]
@@ -339,8 +333,7 @@ def eos_ids_of(model: Module) -> list[int]:
 
 def check_pair(student: Module, teacher: Module, student_tok: Any, teacher_tok: Any) -> int:
     """The size of the vocabulary that both models share; every distribution is sliced to it, as
-    embeddings carry padding rows.  Different EOS ids are warned of: students may unlearn to
-    stop [secondary: ms-swift #9526].  InputError names it."""
+    embeddings carry padding rows.  InputError names a token that differs."""
     vocab = student_tok.get_vocab()
     for i in sorted(i for _, i in vocab.items() ^ teacher_tok.get_vocab().items())[:1]:
         ours, theirs = (tok.convert_ids_to_tokens(i) for tok in (student_tok, teacher_tok))
@@ -348,9 +341,6 @@ def check_pair(student: Module, teacher: Module, student_tok: Any, teacher_tok: 
         raise InputError(f"student and teacher must share a vocabulary: {which}")
     size, rows = max(vocab.values()) + 1, (student.config.vocab_size, teacher.config.vocab_size)
     require(min(rows) >= size, f"embedding rows {rows}: must be at least the vocabulary's {size}")
-    if (ours := eos_ids_of(student)) != (theirs := eos_ids_of(teacher)):
-        ids = f"student {ours}, teacher {theirs}"
-        warnings.warn(f"EOS ids differ: {ids}; sampling stops at any of them", stacklevel=2)
     return size
 
 
@@ -371,7 +361,8 @@ SPLITS = ("train", "validation", "test")
 class Task:
     """Prompts, a verifier, and where the task has them demonstrations.
     draw: (n, split, random.Random) -> at most n pairs (prompt text, answer); verify: (Prompts,
-    Rollout) -> (B,) bool, is the final answer right?; show: Prompts -> (tokens (B, T), mask)."""
+    Rollout) -> (B,) bool, is the final answer right?; show: Prompts -> (tokens (B, T), mask);
+    context: Prompts -> the teacher's, which may tell it more  [code: TRL's privileged_context]."""
 
     name: str  # as in Config.task
     tokenizer: Any  # the student's; the teacher's is the same (check_pair)
@@ -379,6 +370,7 @@ class Task:
     draw: Callable
     verify: Callable
     show: Callable | None = None
+    context: Callable = lambda prompts: prompts
 
     def prompts(self, n: int, split: str = "train", seed: int | str = 0) -> Prompts:
         """n prompts of a split: train, validation or test.  A text belongs to one for ever."""
@@ -467,15 +459,31 @@ def nucleus(logp: Tensor, top_p: float) -> Tensor:
     return torch.empty_like(logp).scatter_(-1, ids, ordered)
 
 
+def from_logits(
+    logits: Tensor, *, temperature: float = 1.0, vocab_size: int | None = None, stops: Any = None
+) -> Tensor:
+    """Log-probs (..., V) of the next token, log softmax(z / temperature), fp32 or wider, in nats.
+    vocab_size: of the first so many ids.  stops: ids that are one event, to stop; the first stands
+    for all and gets the sum of their probabilities: else a student whose teacher stops at another
+    id unlearns to stop [secondary: ms-swift #9526, SimOPD; derived]."""
+    z = logits[..., :vocab_size].to(torch.promote_types(logits.dtype, torch.float32))
+    z = z / temperature if temperature != 1 else z
+    if stops:
+        event = z[..., stops].logsumexp(-1)
+        z = z.index_fill(-1, torch.tensor(stops, device=z.device), -1e4)
+        z[..., stops[0]] = event
+    return torch.log_softmax(z, dim=-1)
+
+
 @torch.no_grad()
 def sample(
     model: Module, prompts: Prompts, *, horizon: int, temperature: float = 1.0, top_p: float = 1.0,
-    noise: Tensor | None = None, eos_ids: list[int] | None = None, vocab_size: int | None = None,
+    noise: Tensor | None = None, eos_ids: list[int] | None = None, **settings: Any,
 ) -> Rollout:  # fmt: skip
     """Let a causal LM write, at most `horizon` tokens a row: y_t ~ softmax(z_t / temperature).
     noise: uniforms (B, at least horizon), through the inverse CDF: the same noise gives the same
     text, whatever the batch; None: torch's generator.  temperature 0: argmax, log-probs at 1.
-    eos_ids: where a row stops; default the model's own.  vocab_size: only the first so many ids.
+    eos_ids: where a row stops; default the model's own.  settings: of `from_logits`.
     A row that stopped leaves the batch; the horizon is a hard stop: nothing is added.  [derived]"""
     fine = horizon >= 1 and temperature >= 0 and 0 < top_p <= 1
     require(fine, f"{horizon = }, {temperature = }, {top_p = }: must be >= 1, >= 0, in (0, 1]")
@@ -492,8 +500,8 @@ def sample(
         places = (seen.cumsum(-1) - 1).clamp(min=0)  # 0 at a row's first real token
         where = dict(attention_mask=seen, position_ids=places[:, -ids.shape[1] :])
         how = dict(past_key_values=cache, use_cache=True, logits_to_keep=1)
-        logits = model(ids, **how, **(where if padded else {})).logits[:, -1, :vocab_size]
-        logp = torch.log_softmax(logits.float() / (temperature or 1.0), dim=-1)  # (b, V)
+        logits = model(ids, **how, **(where if padded else {})).logits[:, -1]
+        logp = from_logits(logits.float(), temperature=temperature or 1.0, **settings)
         logp = nucleus(logp, top_p) if top_p < 1 else logp
         token = inverse_cdf(logp.exp(), noise[row, t]) if temperature else logp.argmax(-1)  # (b,)
         out.tokens[row, t] = token
@@ -520,6 +528,12 @@ def take(batch: Any, rows: Tensor) -> Any:
     )
 
 
+def behind(prompts: Prompts, rollout: Rollout) -> Rollout:
+    """The same responses behind other prompts: what a teacher with privileged context reads."""
+    ids, mask = (x.to(rollout.tokens.device) for x in (prompts.ids, prompts.mask))
+    return replace(rollout, prompt_ids=ids, prompt_mask=mask)
+
+
 # 4  Scores: both models on the same states --------------------------------------------------------
 
 
@@ -535,20 +549,10 @@ def hidden_states(model: Module, rollout: Rollout, beyond: bool = False) -> Tens
     return out.last_hidden_state[:, -rollout.tokens.shape[1] - beyond :]
 
 
-def log_probs(
-    model: Module, hidden: Tensor, *, temperature: float = 1.0, vocab_size: int | None = None
-) -> Tensor:
-    """Log-probs (..., V) of the next token from hidden states (..., D); fp32 or wider, in nats."""
-    logits = model.get_output_embeddings()(hidden)[..., :vocab_size]
-    wide = logits if logits.dtype == torch.float64 else logits.float()
-    return torch.log_softmax(wide / temperature if temperature != 1 else wide, dim=-1)
-
-
 def score(model: Module, rollout: Rollout, **settings: Any) -> Tensor:
-    """Log-probs (B, T, V) of every next token at every state: log softmax(z_t / temperature).
-    One forward pass: all tokens are known, a causal model looks at none ahead.  settings:
-    temperature (1), vocab_size (the first so many ids).  Masked values mean nothing."""
-    return log_probs(model, hidden_states(model, rollout), **settings)
+    """Log-probs (B, T, V) of every next token; masked values mean nothing.  One forward pass: all
+    tokens are known, a causal model looks at none ahead.  settings: of `from_logits`."""
+    return from_logits(model.get_output_embeddings()(hidden_states(model, rollout)), **settings)
 
 
 CHUNK_LOGITS, CHUNK_TOKENS = 2**22, 16  # logits held at once, but at least so many tokens
@@ -569,7 +573,7 @@ class LogProbs:
     """A model's log-probs at the N response tokens of a rollout: [n], a slice of them, is (n, V).
     The layers run once, here, `rows` rows at a time.  With grad: after each chunk's
     loss.backward(), `backward` sends what has gathered at the hidden states through the layers,
-    once: loss and gradient of the whole.  flop: model -> FLOPs; settings: of `score`."""
+    once: loss and gradient of the whole.  flop: model -> FLOPs; settings: of `from_logits`."""
 
     def __init__(
         self, model: Module, rollout: Rollout, grad: bool = False, *, rows: int | None = None,
@@ -591,7 +595,7 @@ class LogProbs:
         passes = 3 if hidden.requires_grad else 1
         self.flop[self.model] += passes * forward_flops(self.model, 0, 0, len(hidden))
         with self.autocast:
-            return log_probs(self.model, hidden, **self.settings)
+            return from_logits(self.model.get_output_embeddings()(hidden), **self.settings)
 
     def backward(self) -> None:
         """Send the gradient of all chunks on through the layers."""
@@ -654,10 +658,9 @@ def forward_kl(logp: Tensor, logq: Tensor) -> Tensor:
 
 def jsd(logp: Tensor, logq: Tensor, beta: float) -> Tensor:
     """GKD's generalised JSD: beta KL(q||m) + (1 - beta) KL(p||m), m = beta q + (1 - beta) p.
-    logp, logq (..., V) in nats -> (...), at most -beta ln beta - (1 - beta) ln(1 - beta).  It
-    vanishes at both ends: divided by beta it tends to forward_kl as beta -> 0, by 1 - beta to
-    reverse_kl as beta -> 1.  So beta is no dial between the KLs, and the ends are refused with an
-    InputError.  [secondary: GKD 2306.13649, TRL #3043; derived: the limits]"""
+    logp, logq (..., V) in nats -> (...), at most -beta ln beta - (1 - beta) ln(1 - beta).  No dial
+    between the KLs: it vanishes at both ends (InputError); divided by beta it tends to forward_kl,
+    by 1 - beta to reverse_kl.  [secondary: GKD 2306.13649, TRL #3043; derived: the limits]"""
     require(0 < beta < 1, f"beta = {beta}: must be in (0, 1); at the ends the JSD is 0, use a KL")
     p, q = (x.clamp(min=-1e4) for x in (logp, logq))  # 0, with a gradient that is not nan
     logm = torch.logaddexp(p + math.log(1 - beta), q + math.log(beta))  # mixes probabilities
@@ -685,7 +688,7 @@ def top_k_support(logp: Tensor, logq: Tensor | Scores, k: int, source: str = "st
         top = values.topk(k).indices
         return model.ids.gather(-1, top) if isinstance(model, Scores) else top
 
-    known = ("student", "teacher", "union", "intersection")
+    known = get_args(Whose)[1:]
     require(source in known, f"source = {source!r}: must be one of {', '.join(known)}")
     ids = best(logq if source == "teacher" else logp)
     everywhere = torch.ones_like(ids, dtype=torch.bool)
@@ -702,8 +705,7 @@ def kl_on_support(first: Tensor, second: Tensor, valid: Tensor, tail: str) -> Te
     """KL(first||second) for log-probs read on a support, (..., K) each -> (...).  [derived]
     tail: renormalise, both divided by their mass on the support; bucket, all that is left out is
     one more token: between 0 and the full KL.  A tail that rounds to 0 counts as a step from 1."""
-    fine = tail in ("renormalise", "bucket")
-    require(fine, f"tail = {tail!r}: must be renormalise or bucket for this divergence")
+    require(tail in ("renormalise", "bucket"), f"tail = {tail!r}: must be renormalise or bucket")
     if tail == "renormalise":
         least = torch.finfo(first.dtype).min  # finite, so that gradients are
         pair = (torch.log_softmax(x.masked_fill(~valid, least), -1) for x in (first, second))
@@ -901,8 +903,7 @@ def masked_mean(x: Tensor, mask: Tensor, how: Mean = "token", total: Any = None)
 
 def token_weights(mask: Tensor, how: Mean = "token", total: Any = None) -> Tensor:
     """The weight (B, T) of each token in `masked_mean`, with its arguments; 0 where masked."""
-    fine = how in ("token", "sequence_sum", "sequence_mean")
-    require(fine, f"how = {how!r}: must be token, sequence_sum or sequence_mean")
+    require(how in get_args(Mean), f"how = {how!r}: must be one of {', '.join(get_args(Mean))}")
     if total is None:
         total = mask.sum() if how == "token" else len(mask)
     lengths = mask.sum(1, keepdim=True).clamp(min=1) if how == "sequence_mean" else 1
@@ -911,14 +912,12 @@ def token_weights(mask: Tensor, how: Mean = "token", total: Any = None) -> Tenso
 
 # 9  Horizons and FLOPs ----------------------------------------------------------------------------
 
-STAIRS = 4  # heights of the staircase
-
 
 def horizon_at(step: int, config: Config) -> int:
     """Tokens a rollout may have at this step (counted from 0), between 1 and config.max_tokens.
 
-    The end H is Config.horizon: tokens if an int, a share of max_tokens if a float; null: all.
-    It is reached once growth * steps steps are done: with growth 1, not before the last.
+    The end H is Config.horizon, in tokens or as a share of max_tokens; null: all.  It is reached
+    once growth * steps steps are done: with growth 1, not before the last.
         fixed        at once (TOPD: a tenth of max_tokens)  [secondary: 2605.31490, abstract]
         linear       H_0 + (H - H_0) min(1, step / (growth steps))  [secondary: 2602.15260]
         staircase    in 4 equal rises: POPD's min(H, H_0 + rise floor(step / dwell))
@@ -932,7 +931,7 @@ def horizon_at(step: int, config: Config) -> int:
     start, whole = min(config.horizon_start, end), round(config.growth * config.steps, 9)
     done = min(1.0, step / max(1.0, whole))  # rounded: 0.55 * 100 is a little more than 55
     if config.schedule == "staircase":
-        done = math.floor(STAIRS * done) / STAIRS
+        done = math.floor(4 * done) / 4
     return start + round((end - start) * done)
 
 
@@ -976,7 +975,7 @@ class World:
     teacher: Module | None
     tokenizer: Any
     task: Task
-    vocab: dict[str, Any]  # eos_ids, vocab_size: what every `sample` of the run shares
+    vocab: dict[str, Any]  # eos_ids, vocab_size, stops: what every `sample` of the run shares
     autocast: Any = field(default_factory=nullcontext)  # the context of the student's passes
     critic: Module | None = None  # V(s) from the student's hidden states, for baseline = "value"
     sampler: Any = None  # a VLLMEngine in place of the student's own sampling
@@ -985,7 +984,8 @@ class World:
 
     def log_probs(self, c: Config, model: Module, rollout: Rollout, grad: bool = False) -> LogProbs:
         """The LogProbs of a rollout as this run reads them."""
-        how = dict(temperature=c.temperature, vocab_size=self.vocab["vocab_size"])
+        how = {name: value for name, value in self.vocab.items() if name != "eos_ids"}
+        how |= dict(temperature=c.temperature)
         how["autocast"] = self.autocast if model is self.student else None
         return LogProbs(model, rollout, grad, rows=c.micro_batch, flop=self.flop, **how)
 
@@ -997,38 +997,34 @@ def all_reduce(x: Tensor, how: str = "SUM") -> Tensor:
     return x
 
 
-def step_prompts(c: Config, world: World, step: int) -> Prompts:
-    """This process's rows of a step's prompts, each repeated; they depend on seed and step."""
+def write(c: Config, world: World, step: int, horizon: int) -> tuple[Prompts, Rollout]:
+    """STATES: this process's prompts of a step, and text by the student, the teacher, or from the
+    data.  They depend on seed and step alone: a longer horizon continues the same text."""
     n = c.batch_size // c.samples_per_prompt
     some = world.task.prompts(n, "train", f"{c.seed} {step}")
     require(len(some.text) == n, f"task = {c.task!r}: must draw the {n} prompts asked for")
-    return take(some, torch.arange(c.batch_size).chunk(RANKS)[RANK] // c.samples_per_prompt)
-
-
-def write(c: Config, world: World, prompts: Prompts, step: int, horizon: int) -> Rollout:
-    """STATES: text by the student, the teacher, or from the data.  The noise depends on seed and
-    step alone: a longer horizon continues the same text.  student_share: with that probability the
-    student writes the batch, GKD's lambda [secondary]."""
+    prompts = take(some, torch.arange(c.batch_size).chunk(RANKS)[RANK] // c.samples_per_prompt)
     g, device = keyed_generator(c.seed, "noise", step), world.student.device
     noise = torch.rand(c.batch_size, c.max_tokens, generator=g).chunk(RANKS)[RANK]
     how = dict(horizon=horizon, noise=noise, temperature=c.temperature, **world.vocab)
-    own = c.states == "student" or torch.rand(1, generator=g) < c.student_share
-    if not own and c.states == "data":  # demonstrations, cut at the horizon; nobody drew them
+    if c.states == "data":  # demonstrations, cut at the horizon; nobody drew them
         tokens, mask = world.task.show(prompts)
         finished, nan = ~mask[:, horizon:].any(1), torch.full(mask.shape, torch.nan)
         parts = (x[:, :horizon] for x in (tokens, mask, nan))
-        return Rollout(*(x.to(device) for x in (prompts.ids, prompts.mask, *parts, finished)))
-    if not own:
-        text = sample(world.teacher, prompts, **how)
+        parts = (prompts.ids, prompts.mask, *parts, finished)
+        return prompts, Rollout(*(x.to(device) for x in parts))
+    writer, read = world.student, prompts
+    if c.states == "teacher":
+        writer, read = world.teacher, world.task.context(prompts)
+        text = behind(prompts, sample(writer, read, **how))
     elif world.sampler:
         world.sampler.sync(world.student)
         text = world.sampler.sample(prompts, top_p=c.top_p, **how)
     else:
         with world.autocast:
-            text = sample(world.student, prompts, top_p=c.top_p, **how)
-    writer = world.student if own else world.teacher
-    world.flop["sample"] += writing_flops(writer, prompts.ids.shape[1], text.mask)
-    return text
+            text = sample(writer, read, top_p=c.top_p, **how)
+    world.flop["sample"] += writing_flops(writer, read.ids.shape[1], text.mask)
+    return prompts, text
 
 
 def judge(c: Config, world: World, rollout: Rollout, teacher: Any, right: Tensor) -> Tensor:
@@ -1120,15 +1116,16 @@ def train_step(
     judge, credit, weights, loss: your own in place of the functions above, with their arguments."""
     clock, noted = [time.perf_counter()], []
     world.flop.clear()
-    prompts, horizon = step_prompts(c, world, step), horizon_at(step, c)
-    rollout = write(c, world, prompts, step, horizon)  # STATES
+    horizon = horizon_at(step, c)
+    prompts, rollout = write(c, world, step, horizon)  # STATES
     right = world.task.verify(prompts, rollout).to(rollout.mask.device)  # (B,)
     clock.append(time.perf_counter())
     teacher = None  # SCORES: its log-probs; [n] is (n, V), or Scores of some ids
+    shown = behind(world.task.context(prompts), rollout)  # it may know more
     if c.reads != "nothing" and world.scorer:
-        teacher = world.scorer.score(rollout, c.top_k)[rollout.mask]
+        teacher = world.scorer.score(shown, c.top_k)[rollout.mask]
     elif c.reads != "nothing":
-        teacher = world.log_probs(c, world.teacher, rollout)
+        teacher = world.log_probs(c, world.teacher, shown)
     reward = judge(c, world, rollout, teacher, right)  # FEEDBACK (B, T)
     advantage = credit(c, world, rollout, reward, step)  # CREDIT (B, T)
     weight = weights(c, world, rollout, teacher, reward, right)  # WEIGHTS (B, T)
@@ -1148,9 +1145,8 @@ def train_step(
                 each = loss(c, logp, logq, action[n], advantage[n], behaviour[n], n)  # ROUTE (n,)
                 (each * weight[n]).sum().backward()
                 if update == 0:
-                    log_ratio = of_tokens(logp.detach(), action[n]) - behaviour[n]
-                    told = dict(loss=each.detach() * weight[n], weight=weight[n])
-                    noted.append(told | dict(log_ratio=log_ratio))
+                    gap = of_tokens(logp.detach(), action[n]) - behaviour[n]
+                    noted.append(dict(loss=each.detach() * weight[n], weight=weight[n], gap=gap))
                     if looking:
                         noted[-1] |= notes(c, logp, logq, action[n], advantage[n])
                     if c.route == "policy_gradient":
@@ -1207,14 +1203,14 @@ def notes(c: Config, logp: Tensor, logq: Any, action: Tensor, advantage: Tensor)
 
 @torch.no_grad()
 def step_metrics(c: Config, world: World, rollout: Rollout, right: Tensor, seen: list) -> dict:
-    """A step's numbers over all processes, before its first update; null: not measured.  weight:
-    all tokens'; engine_gap, ratio_max: mean |log p(a) - log p_sampler(a)|, largest p(a) /
-    p_sampler(a), on the student's own text; `notes` as means over tokens; costs."""
+    """A step's numbers over all processes, before its first update; null: not measured.
+    engine_gap, ratio_max: mean |log p(a) - log p_sampler(a)|, largest p(a) / p_sampler(a), on the
+    student's own text; `notes` as means over tokens; costs."""
     mask, flop = rollout.mask, world.flop
     own = c.states == "student"
     table = {name: torch.cat([chunk[name] for chunk in seen]).double() for name in seen[0]}
-    log_ratio = table.pop("log_ratio")
-    table |= dict(engine_gap=log_ratio.abs()) if own else {}
+    gap = table.pop("gap")
+    table |= dict(engine_gap=gap.abs()) if own else {}
     sums = dict(rows=len(mask), tokens=mask.sum(), drawn=rollout.logprobs[mask].isfinite().sum())
     sums |= dict(correct=right.sum(), finished=rollout.finished.sum())
     sums |= dict(flop_sample=flop.pop("sample", 0), flop_update=flop.pop(world.student))
@@ -1223,7 +1219,7 @@ def step_metrics(c: Config, world: World, rollout: Rollout, right: Tensor, seen:
     total = dict(zip(sums, all_reduce(values).tolist(), strict=True))
     B, N, drawn = total.pop("rows"), total.pop("tokens"), total.pop("drawn")
     row = dict.fromkeys(DIAGNOSED) | {k: x / N if k in DIAGNOSED else x for k, x in total.items()}
-    row["ratio_max"] = float(all_reduce(log_ratio.max(), "MAX").exp()) if own else None
+    row["ratio_max"] = float(all_reduce(gap.max(), "MAX").exp()) if own else None
     row |= dict(correct=row["correct"] / B, finished=row["finished"] / B, length=N / B)
     row |= dict(tokens_sampled=int(drawn), tokens_scored=int(N) * (c.reads != "nothing"))
     peak = torch.cuda.max_memory_allocated() / 2**20 if mask.device.type == "cuda" else None
@@ -1240,7 +1236,13 @@ def attention_and_mlp(name: str) -> bool:
 
 @torch.no_grad()
 def extrapolate(
-    model: Module, base: dict, validate: Any, *, tries: int = 5, accept: str = ">=", moves: Any = 0
+    model: Module,
+    base: dict,
+    validate: Any,
+    *,
+    tries: int = 5,
+    accept: str = ">=",
+    moves: Any = attention_and_mlp,
 ) -> int:
     """EffOPD: try W + 2k (W - W_base) for k = 1 .. tries, stop at the first that is not accepted.
 
@@ -1249,7 +1251,6 @@ def extrapolate(
     name -> bool, or `attention_and_mlp`.  Leaves the last accepted candidate in place, or W bit by
     bit; returns its k, or 0.  The optimizer's state is not touched.  [paper 2605.11739: k, >=,
     powers of two; code: which parameters, base = accepted weights, >]"""
-    moves = moves or attention_and_mlp
     moving = {name: p for name, p in model.named_parameters() if moves(name)}
     own = {name: p.clone() for name, p in moving.items()}
     best, accepted = validate(model), 0
@@ -1470,19 +1471,23 @@ def load_world(c: Config) -> World:
         if c.states == "data":
             task.demonstrations(some)
     student = load_model(c.student, device=device)
-    vocab = dict(eos_ids=eos_ids_of(student), vocab_size=size)
+    vocab = dict(eos_ids=eos_ids_of(student), vocab_size=size, stops=None)
     world = World(student, None, tokenizer, task, vocab)
     world.autocast = torch.autocast(device, torch.bfloat16, enabled=bf16)
     if c.teacher and not c.remote:
         world.teacher = load_model(c.teacher, "teacher", device=device)
         check_pair(student, world.teacher, tokenizer, load_tokenizer(c.teacher, "teacher"))
-        vocab["eos_ids"] = sorted({*vocab["eos_ids"], *eos_ids_of(world.teacher)})
+        ours, theirs = vocab["eos_ids"], eos_ids_of(world.teacher)
+        stops = sorted({*ours, *theirs}, key=lambda i: (i != tokenizer.eos_token_id, i))
+        vocab |= dict(eos_ids=stops, stops=stops if ours != theirs else None)
+        same = f"engine = vllm: needs one set of EOS ids; student {ours}, teacher {theirs}"
+        require(ours == theirs or c.engine != "vllm", same)
     if c.baseline == "value":
         world.critic = torch.nn.Linear(student.get_input_embeddings().embedding_dim, 1).to(device)
         for p in world.critic.parameters():
             torch.nn.init.zeros_(p)
     probe = task.prompts(8, "train", seed="probe")
-    length = 4 * probe.ids.shape[1] + task.max_tokens  # room for prompts longer than these
+    length = 4 * task.context(probe).ids.shape[1] + task.max_tokens  # room for longer ones
     if c.engine == "vllm":
         world.sampler = VLLMEngine(c.student, length, torch.bfloat16 if bf16 else torch.float32)
         world.sampler.sync(student, probe)
@@ -1530,8 +1535,9 @@ def wilson(right: int, n: int, z: float = 1.959964) -> dict[str, float]:
 def final_evaluation(c: Config, world: World, model: Module) -> dict[str, float]:
     """Accuracy on test prompts, sampled, and greedy beside it.  Prompts and noise depend on the
     run's seed, so the spread over seeds holds the evaluation's own error; in a run all meet the
-    same."""
+    same, the teacher with its context."""
     prompts = world.task.prompts(c.eval_prompts, "test", seed=c.seed)
+    prompts = world.task.context(prompts) if model is world.teacher else prompts
     how = dict(rows=8 * (c.micro_batch or c.batch_size), seed=c.seed, **world.vocab)
     with world.autocast:
         greedy = evaluate(model, world.task, prompts, greedy=True, **how)["accuracy"]
@@ -1640,7 +1646,7 @@ def train(config: Config, resume: str | Path | None = None, **hooks: Callable) -
         at = f"stopped after step {run.result['steps']} of {c.steps}; go on with: {how}"
         raise type(error)(f"{error or 'interrupted'}; {at} --resume {folder}") from None
     if RANK == 0:
-        draw_curve(rows, run.result, folder / "curve.png")
+        draw_curve(rows, folder / "curve.png")
         world.student.save_pretrained(folder / "model")
         world.tokenizer.save_pretrained(folder / "model")
         write_file(folder / "result.json", json.dumps(run.result, indent=1))  # last: marks the end
@@ -1706,23 +1712,17 @@ def after_step(run: Run, world: World, row: dict[str, Any], start: float) -> Non
     result |= dict(steps=step, seconds=result["seconds"] + row["step_s"])
 
 
-def draw_curve(rows: list[dict], result: dict[str, Any], path: Path) -> None:
-    """Two panels over steps: loss and KL; accuracy, with the test's intervals at both ends."""
+def draw_curve(rows: list[dict], path: Path) -> None:
+    """Two panels over steps: loss and KL; accuracy on training and on validation prompts."""
     figure = Figure(figsize=(9, 3.4), layout="constrained")
     left, right = figure.subplots(1, 2)
     lines = dict(loss=(left, "-"), kl=(left, "o--"), correct=(right, "-"), accuracy=(right, "o--"))
     for key, (panel, style) in lines.items():
         seen = [(row["step"], row[key]) for row in rows if row[key] is not None]
-        if seen:
-            panel.plot(*zip(*seen, strict=True), style, mfc="none", ms=4, label=key)
-    for who, style in dict(student_before="s-", student_after="o-", teacher="^--").items():
-        if test := result[who]:
-            x, name = len(rows) * (who != "student_before"), f"test, {who.replace('_', ' ')}"
-            right.plot([x] * 3, [test[k] for k in ("low", "accuracy", "high")], style, label=name)
+        panel.plot(*zip(*seen or [((), ())], strict=True), style, mfc="none", ms=4, label=key)
     left.set(title="How far from the teacher?", xlabel="step", ylabel="nats per token")
     right.set(title="Does it learn?", xlabel="step", ylabel="accuracy")
-    for panel in (left, right):
-        panel.legend(fontsize=7) if panel.lines else panel.set_axis_off()
+    figure.legend(loc="outside lower center", ncols=4)
     figure.savefig(path, dpi=100)
 
 

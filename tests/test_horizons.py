@@ -44,7 +44,7 @@ def same(one, other):
 @pytest.mark.parametrize("rule", ["opd_full", "opd", "gae_opd", "iw_opd"])
 def test_a_horizon_past_the_longest_response_is_the_whole_run_bit_by_bit(rule):
     config, world, _ = ready()
-    states = opd.write(config, world, opd.step_prompts(config, world, 0), 0, 53)
+    states = opd.write(config, world, 0, 53)[1]
     longest = states.tokens.shape[1]
     assert states.finished.all() and longest < config.max_tokens
     whole, gradient = one_step(rule)
@@ -83,8 +83,7 @@ def test_an_update_does_not_depend_on_what_would_follow_the_horizon(rule, monkey
 def test_a_cut_run_has_the_gradient_of_the_first_tokens_alone(aggregation):
     """Positions after the horizon have gradient 0 at their logits; the kept ones lose nothing."""
     config, world, _ = ready(aggregation=aggregation, horizon=6)
-    prompts = opd.step_prompts(config, world, 0)
-    whole = opd.write(config, world, prompts, 0, 40)
+    prompts, whole = opd.write(config, world, 0, 40)
     kept = whole.mask & (torch.arange(whole.mask.shape[1]) < 6)
     logp, logq = (opd.score(m, whole, vocab_size=19) for m in (world.student, world.teacher))
     logp.retain_grad()
@@ -101,8 +100,7 @@ def test_a_cut_run_has_the_gradient_of_the_first_tokens_alone(aggregation):
 
 def test_an_eos_within_the_horizon_is_scored_none_is_added_and_a_cut_row_is_not_finished():
     config, world, optimizer = ready(horizon=6, batch_size=64)
-    prompts = opd.step_prompts(config, world, 0)
-    states, full = (opd.write(config, world, prompts, 0, horizon) for horizon in (6, 53))
+    states, full = (opd.write(config, world, 0, horizon)[1] for horizon in (6, 53))
     learned = []
 
     def spy(c, logp, logq, action, *rest):
@@ -328,7 +326,7 @@ COSTS = [
     dict(), dict(method="opd"), dict(method="gae_opd"), dict(method="vopd"), dict(method="cr_opd"),
     dict(method="sft"), dict(method="reinforce"), dict(method="kd"), dict(updates_per_rollout=3),
     dict(micro_batch=3), dict(states="data"), dict(horizon=1), dict(method="gkd"),
-    dict(states="teacher", student_share=0.5),
+    dict(states="teacher"),
     dict(task="synonyms", updates_per_rollout=3), dict(diagnose_every=1),
 ]  # fmt: skip
 
@@ -340,8 +338,8 @@ def test_a_steps_flops_are_what_torch_counts(fields):
     config, world, optimizer = ready(**{**where, **fields})
     eager(world.student)
     world.teacher and eager(world.teacher)
-    prompts, horizon = opd.step_prompts(config, world, 0), opd.horizon_at(0, config)
-    sampled, _ = flops(lambda: opd.write(config, world, prompts, 0, horizon))
+    horizon = opd.horizon_at(0, config)
+    sampled, _ = flops(lambda: opd.write(config, world, 0, horizon))
     total, row = flops(lambda: opd.train_step(config, world, optimizer, 0))
     assert row["flop_sample"] == pytest.approx(sampled, rel=1e-3)
     rest = row["flop_score"] + row["flop_update"]

@@ -96,13 +96,6 @@ def test_check_pair_names_the_first_token_that_differs(world):
         opd.check_pair(world.student, resized(20), world.tokenizer, other)
 
 
-def test_check_pair_warns_of_different_eos(world):
-    teacher = opd.load_model("tiny_configs/models/teacher")
-    teacher.generation_config.eos_token_id = [2, 5]
-    with pytest.warns(UserWarning, match=r"student \[2\], teacher \[2, 5\]"):
-        opd.check_pair(world.student, teacher, world.tokenizer, world.tokenizer)
-
-
 def test_eos_ids_fall_back_to_the_config():
     model = tiny_llama()
     assert opd.eos_ids_of(model) == [2]
@@ -260,7 +253,7 @@ def test_soft_labels_are_the_forward_kl_to_the_exact_law(style, synonyms, run_di
     fresh = runpy.run_path(str(file.with_name("build.py")))["fresh"]
     fresh("synonyms_d64", config.student)
     world, task = opd.load_world(config), synonyms[style]
-    prompts = opd.step_prompts(config, world, 0)
+    prompts = opd.write(config, world, 0, 1)[0]
     text = demonstrated(task, prompts, task.max_tokens)
     with torch.no_grad():
         labels, logp = SYNONYMS["exact"](text, style), opd.score(world.student, text)

@@ -30,8 +30,7 @@ def test_a_cold_start_imitates_the_teachers_right_responses_and_then_trains_on_p
     config = opd.Config.load(**{**SMALL, **muddled}, method="opd", steps=1, diagnose_every=1)
     cold, run = lab.cold_start(config, steps=2)
     c, world, _ = ready(**muddled, states="teacher")
-    prompts = opd.step_prompts(c, world, 0)
-    text = opd.write(c, world, prompts, 0, 53)
+    prompts, text = opd.write(c, world, 0, 53)
     right = world.task.verify(prompts, text) & text.finished
     assert 0 < right.sum() < 16
     logp = opd.score_tokens(world.student, text)
@@ -154,7 +153,7 @@ def test_a_task_file_trains_on_a_pool(run_dir):
         "    return lab.prompt_pool(opd.load_task('chain', tokenizer), 2)\n"
     )
     config, world, _ = ready(task="pool.py")
-    texts = [opd.step_prompts(config, world, step).text for step in range(3)]
+    texts = [opd.write(config, world, step, 1)[0].text for step in range(3)]
     assert len({text for row in texts for text in row}) == 2
     opd.train(opd.Config.load(**SMALL, task="pool.py", steps=1))
 
@@ -212,8 +211,7 @@ def test_gradient_moments_are_those_of_the_gradients_and_touch_nothing():
     before = lab.weights_of(world.student)
     seen = []
     for step in (7, 8, 9):
-        prompts = opd.step_prompts(config, world, step)
-        rollout = opd.write(config, world, prompts, step, config.max_tokens)
+        prompts, rollout = opd.write(config, world, step, config.max_tokens)
         loss = opd.reverse_kl(*(opd.score(m, rollout) for m in (world.student, world.teacher)))
         loss = opd.masked_mean(loss, rollout.mask)
         grads = torch.autograd.grad(loss, [*world.student.parameters()])

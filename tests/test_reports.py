@@ -28,8 +28,7 @@ def ready(**fields):
 def test_diagnosed_is_diagnose_of_every_token_in_its_place(micro_batch, monkeypatch):
     monkeypatch.setattr(opd, "CHUNK_LOGITS", 19 * 20)  # several chunks
     config, world = ready(micro_batch=micro_batch, temperature=0.8)
-    prompts = opd.step_prompts(config, world, 0)
-    text = opd.write(config, world, prompts, 0, config.max_tokens)
+    prompts, text = opd.write(config, world, 0, config.max_tokens)
     how = dict(temperature=0.8, vocab_size=19)
     with torch.no_grad():
         logp, logq = (opd.score(m, text, **how) for m in (world.student, world.teacher))

@@ -186,3 +186,96 @@ def test_the_entropy_gate_opens_above_its_threshold_only():
         assert lab.entropy_gate(logq, threshold).tolist() == opened
     exactly = opd.entropy(logq)[0].item()
     assert lab.entropy_gate(logq, exactly).tolist() == [False, False]
+
+
+# The limits of the rules that reshape the reward: what each becomes, and where
+
+
+@pytest.fixture(scope="module")
+def judged():
+    """A small batch: judge(hooks, method) -> what a rule's judge says, or opd's own; (B, T)."""
+    fields = dict(batch_size=16, eval_every=0, max_tokens=20, samples_per_prompt=4)
+    config = opd.Config.load(method="opd", **fields)
+    world = opd.load_world(config)
+    rollout = opd.write(config, world, 0, 20)[1]
+    right = torch.arange(16) % 3 == 0
+    teacher = world.log_probs(config, world.teacher, rollout)
+
+    def judge(rule=None, *args):
+        hook = lab.RULES[rule](*args)[1]["judge"] if rule else opd.judge
+        return hook(config, world, rollout, teacher, right).detach()[rollout.mask]
+
+    return judge, config, world, rollout, right
+
+
+def test_soft_log_keeps_signs_and_order_and_small_rewards(judged):
+    r, soft = judged[0](), judged[0]("soft_log")
+    assert torch.equal(soft.sign(), r.sign()) and torch.equal(soft.argsort(), r.argsort())
+    assert ((soft - r).abs() <= r**2 / 2 + 1e-7).all() and (soft.abs() <= r.abs() + 1e-7).all()
+    assert r.abs().max() > 5 and soft.abs().max() == pytest.approx(r.abs().max().log1p().item())
+
+
+def test_power_opd_is_the_difference_of_probabilities_at_1_and_the_log_ratio_near_0(judged):
+    r, logp = judged[0](), judged[3].logprobs[judged[3].mask]
+    small = judged[0]("power_opd", 1e-3) / 1e-3
+    assert ((small - r).abs() <= 2e-3 * (1 + r.abs() + logp.abs()) ** 2).all()
+    assert torch.allclose(judged[0]("power_opd", 1.0), (logp + r).exp() - logp.exp(), atol=1e-6)
+
+
+def test_clipping_is_opd_where_nothing_is_beyond(judged):
+    r = judged[0]()
+    assert torch.equal(judged[0]("clipped", 1e9), r)
+    assert judged[0]("clipped", 1.0).abs().max() == 1 < r.abs().max()
+
+
+def test_veto_is_opd_at_0_and_its_target_is_normalised(judged):
+    judge, config, world, rollout, _ = judged
+    assert torch.allclose(judge("veto", 0.0), judge(), atol=1e-5)
+    with torch.no_grad():
+        logp, logq = (
+            world.log_probs(config, m, rollout)[slice(None)] for m in (world.student, world.teacher)
+        )
+    target = (logq.exp() * logp.exp() ** 0.5).log().log_softmax(-1)
+    action = rollout.tokens[rollout.mask]
+    expected = opd.of_tokens(target, action) - rollout.logprobs[rollout.mask]
+    assert torch.allclose(judge("veto", 0.5), expected, atol=1e-4)
+
+
+def test_kdrl_is_reinforce_at_0_and_adds_the_gradient_of_k2(judged):
+    judge, _, _, rollout, right = judged
+    sparse = opd.leave_one_out(right.float(), 4)[:, None].expand(rollout.mask.shape)[rollout.mask]
+    assert torch.equal(judge("kdrl", 0.0), sparse)
+    assert torch.allclose((judge("kdrl", 0.5) - sparse) / 0.5, judge(), atol=1e-5)
+    logp_a = torch.tensor([-1.3, -0.2], requires_grad=True)
+    k2 = (torch.tensor([-0.4, -2.0]) - logp_a) ** 2 / 2
+    (gradient,) = torch.autograd.grad(k2.sum(), logp_a)
+    assert torch.allclose(gradient, -opd.log_ratio_reward(logp_a, torch.tensor([-0.4, -2.0])))
+
+
+def test_rg_opd_is_opd_where_the_verifier_agrees_and_nothing_elsewhere(judged):
+    _, config, world, rollout, _ = judged
+    weights = lab.RULES["rg_opd"]()[1]["weights"]
+    reward = torch.where(torch.arange(20) % 2 == 0, 1.0, -1.0).expand(rollout.mask.shape)
+    plain = opd.weights(config, world, rollout, None, reward, None)
+    for right in (torch.ones(16).bool(), torch.zeros(16).bool()):
+        found = weights(config, world, rollout, None, reward, right)
+        agrees = (reward > 0) == right[:, None]
+        assert torch.equal(found[agrees], plain[agrees]) and (found[~agrees] == 0).all()
+
+
+def test_opsa_pushes_the_least_likely_share_down_and_all_of_them_nowhere(judged):
+    judge, _, _, rollout, _ = judged
+    logp, found = rollout.logprobs[rollout.mask], judge("opsa", 0.2)
+    assert found.mean() == pytest.approx(-0.2, abs=0.02) and {*found.tolist()} == {0.0, -1.0}
+    assert logp[found < 0].max() <= logp[found == 0].min()
+    assert (judge("opsa", 1.0) == -1).all()  # a constant: its expected gradient is 0
+    law = random_laws()[0][0, 0]
+    assert score_weighted(law.exp(), torch.ones_like(law)).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("rule", ["soft_log", "power_opd", "clipped", "veto", "kdrl", "rg_opd",
+                                  "opsa"])  # fmt: skip
+def test_each_new_rule_trains(rule, run_dir, quick):
+    fields = dict(batch_size=8, steps=1, eval_prompts=4, max_tokens=8, eval_every=0)
+    run = lab.train(rule, **fields)
+    assert run.result["steps"] == 1 and run.dir.name.startswith(rule)

@@ -35,8 +35,7 @@ def ready(**fields):
 
 def written(config, world, step=0, horizon=None):
     """A step's prompts and rollout."""
-    prompts = opd.step_prompts(config, world, step)
-    return prompts, opd.write(config, world, prompts, step, horizon or config.max_tokens)
+    return opd.write(config, world, step, horizon or config.max_tokens)
 
 
 def resumed(folder, **hooks):
@@ -249,16 +248,15 @@ def test_teacher_scores_have_no_gradient_and_the_teacher_never_moves():
 
 def test_noise_does_not_depend_on_the_horizon():
     config, world, _ = ready()
-    prompts = opd.step_prompts(config, world, 3)
-    short, long = (opd.write(config, world, prompts, 3, h) for h in (5, 40))
+    short, long = (opd.write(config, world, 3, h)[1] for h in (5, 40))
     assert torch.equal(short.tokens, long.tokens[:, :5])
-    other = opd.write(config, world, prompts, 4, 40)
+    other = opd.write(config, world, 4, 40)[1]
     assert not torch.equal(other.tokens[:, :5], short.tokens)
 
 
 def test_samples_per_prompt_are_neighbours():
     config, world, _ = ready(method="reinforce")
-    texts = opd.step_prompts(config, world, 0).text
+    texts = opd.write(config, world, 0, 1)[0].text
     assert len(texts) == 8 and len(set(texts)) == 2 and texts[0] == texts[3] != texts[4]
 
 

@@ -68,8 +68,7 @@ def test_cost_counts_what_was_drawn_and_a_rejection_is_a_weight_of_0():
     """Fault 1 of the first edition: rejected responses had vanished from tokens and FLOPs."""
     config, world, row, found = step_of(**REJECTS, keep="right")
     *_, whole, _ = step_of(**REJECTS)
-    prompts = opd.step_prompts(config, world, 0)
-    rollout = opd.write(config, world, prompts, 0, config.max_tokens)
+    prompts, rollout = opd.write(config, world, 0, config.max_tokens)
     kept = world.task.verify(prompts, rollout) & rollout.finished
     drawn = int(rollout.mask.sum())
     assert 0 < kept.sum() < 32 and row["correct"] == whole["correct"] == float(kept.float().mean())

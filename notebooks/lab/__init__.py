@@ -10,7 +10,7 @@ The method itself is in opd.py.  `import lab` gives the names below; on the comm
     python notebooks/lab figures                             # notebooks/figures
 """
 
-# ruff: noqa: E402, F401
+# ruff: noqa: E402, F401, I001
 import sys
 from pathlib import Path
 
@@ -19,100 +19,34 @@ if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))  # for `import opd`
 
 from . import fig06, fig07
+# fmt: off
 from .course import CAST, cast
-from .diagrams import (
-    FIGURES,
-    animate,
-    arrow,
-    board,
-    box,
-    strip,
-)
+from .diagrams import FIGURES, animate, arrow, board, box, strip
 from .experiments import (
-    EDITION,
-    TUNING_SEEDS,
-    best_rates,
-    build,
-    compare,
-    config_of,
-    evidence,
-    fields_of,
-    gigaflop,
-    grid_of,
-    in_processes,
-    load_spec,
-    results_file,
-    run_one,
-    summary_of,
+    EDITION, TUNING_SEEDS, best_rates, build, compare, config_of, evidence, fields_of,
+    gigaflop, grid_of, in_processes, load_spec, results_file, run_one, summary_of,
+)
+from .formulas import (
+    divergence_advantage, entropy_gate, position_weights, prune_weights, tilted_teacher,
 )
 from .geometry import (
-    auroc,
-    coherence,
-    entropy_of,
-    foresight,
-    gradient_moments,
-    gradient_noise,
-    kl_by_position,
-    matrices,
-    norm_scaled,
-    spectrum,
-    subspace_alignment,
-    top_share,
-    update_geometry,
+    auroc, coherence, entropy_of, foresight, gradient_moments, gradient_noise, kl_by_position,
+    matrices, norm_scaled, spectrum, subspace_alignment, top_share, update_geometry,
     weights_of,
 )
 from .plots import (
-    BLUE,
-    GREEN,
-    GREY,
-    ORANGE,
-    PINK,
-    RED,
-    SKY,
-    cost_to,
-    draw_report,
-    interval,
-    markdown_table,
-    plot_comparison,
-    plot_metrics,
-    read_rows,
-    rows_of,
-    show_tokens,
-    style,
-    words,
+    BLUE, GREEN, GREY, ORANGE, PINK, RED, SKY, cost_to, draw_report, interval, markdown_table,
+    plot_comparison, plot_metrics, read_rows, rows_of, show_tokens, style, words,
 )
 from .recipes import (
-    aligned_prompts,
-    cold_start,
-    continuation_advantage,
-    continue_rollout,
-    heads,
-    memory_estimate,
-    prompt_pool,
-    teacher_prefix,
-    with_recipe,
+    aligned_prompts, cold_start, continuation_advantage, continue_rollout, heads,
+    memory_estimate, prompt_pool, teacher_prefix, with_recipe,
 )
 from .reports import (
-    CHECKLIST,
-    UNKNOWN,
-    Verdict,
-    check,
-    checklist,
-    diagnosed,
-    provenance,
-    report,
-    same_model,
+    CHECKLIST, UNKNOWN, Verdict, check, checklist, diagnosed, provenance, report, same_model,
     self_check,
 )
-from .rules import (
-    RULES,
-    divergence_advantage,
-    entropy_gate,
-    position_weights,
-    prune_weights,
-    tilted_teacher,
-    train,
-)
+from .rules import RULES, train
 from .trees import Tree, positions_of, through_eos
 
 FIGURES.update(fig06.FIGURES | fig07.FIGURES)

@@ -74,7 +74,7 @@ def continuation_advantage(
     )
     own, found = opd.sample(student, prompts, **how), {}
     for depth in depths:
-        rest = continue_rollout(teacher, own, depth, **how)
+        rest = continue_rollout(teacher, opd.behind(task.context(prompts), own), depth, **how)
         right = [float(task.verify(prompts, text).float().mean()) for text in (own, rest)]
         found[depth] = dict(student=right[0], teacher=right[1], advantage=right[1] - right[0])
     return found

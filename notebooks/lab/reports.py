@@ -20,10 +20,17 @@ from .recipes import continuation_advantage
 
 
 @torch.no_grad()
-def diagnosed(c: opd.Config, world: opd.World, rollout: opd.Rollout) -> dict[str, Tensor]:
-    """What `opd.diagnose` says of every token of a rollout, name -> (B, T); 0 where masked."""
+def diagnosed(
+    c: opd.Config, world: opd.World, rollout: opd.Rollout, prompts: opd.Prompts | None = None
+) -> dict[str, Tensor]:
+    """What `opd.diagnose` says of every token of a rollout, name -> (B, T); 0 where masked.
+
+    prompts: the rollout's, for a teacher with privileged context.
+    """
     mask, parts = rollout.mask, []
-    student, teacher = (world.log_probs(c, m, rollout) for m in (world.student, world.teacher))
+    shown = opd.behind(world.task.context(prompts), rollout) if prompts else rollout
+    student = world.log_probs(c, world.student, rollout)
+    teacher = world.log_probs(c, world.teacher, shown)
     action = rollout.tokens[mask]  # (N,)
     for n in opd.chunks(len(action), world.vocab["vocab_size"]):
         how = dict(top_k=c.top_k, min_prob=c.min_prob)
@@ -77,7 +84,7 @@ def check(config: opd.Config) -> Verdict:
     noise = torch.rand(len(prompts.text), task.max_tokens, generator=opd.keyed_generator("check"))
     whole = dict(horizon=task.max_tokens, noise=noise, temperature=c.temperature)
     own = opd.sample(world.student, prompts, **whole, **world.vocab)
-    seen = diagnosed(c, world, own)
+    seen = diagnosed(c, world, own, prompts)
     numbers |= {name: float(values[own.mask].mean()) for name, values in seen.items()}
     numbers["top_5_percent"] = top_share(seen["kl"], own.mask)
     length = int(own.mask.sum(1).float().mean())
@@ -166,7 +173,7 @@ def provenance(c: opd.Config) -> dict[str, Any]:
 
 
 CHECKLIST = {  # item -> its Config fields; after the bar what came of it: means over the steps
-    "who writes": "states student_share keep updates_per_rollout",
+    "who writes": "states keep updates_per_rollout",
     "prompts": "task samples_per_prompt",
     "sampler and scorer": "temperature top_p",
     "feedback": "feedback",

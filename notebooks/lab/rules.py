@@ -7,91 +7,25 @@ A rule is a function -> (Config fields, hooks).  A hook takes the place of opd's
 `weights` or `token_loss` and has its arguments; most call the function that they replace.
 """
 
-import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 import opd
 
-# The pure functions
-
-
-def divergence_advantage(
-    logp_a: Tensor, logq_a: Tensor, divergence: str = "reverse_kl", beta: float = 0.5
-) -> Tensor:
-    """The advantage with which a policy gradient descends sum_v q f(p/q): A = -f'(p/q), detached.
-
-        reverse_kl   log q - log p              forward_kl   q / p
-        jsd          -(1 - beta) log(p/m), m = beta q + (1 - beta) p
-
-    (B, T) -> (B, T), each up to a constant, which does not matter.  The common recipe f(u)/u in
-    place of f'(u) is right for the reverse KL only.  [secondary: OPD+ 2606.01039, the claim;
-    derived: the advantages]
-    """
-    if divergence == "jsd":
-        share = torch.stack([logp_a + math.log(1 - beta), logq_a + math.log(beta)])
-        return (-(1 - beta) * (logp_a - share.logsumexp(0))).detach()
-    reward = opd.log_ratio_reward(logp_a, logq_a)
-    return {"reverse_kl": reward, "forward_kl": reward.exp()}[divergence]
-
-
-def tilted_teacher(logq: Tensor, logref: Tensor, scale: float) -> Tensor:
-    """ExOPD's target: ~ q^scale ref^(1 - scale), normalised; (..., V) -> (..., V).
-
-    Its log-ratio reward is the paper's scale (log q - log ref) - (log p - log ref) minus log Z(s),
-    a constant of the state and so a baseline.  scale 1: the teacher, whatever the reference; above
-    1 (the paper's 1.25) past the teacher, away from the reference.
-    [code and secondary: G-OPD 2602.12125; derived: log Z]
-    """
-    return torch.log_softmax(scale * logq + (1 - scale) * logref, -1)
-
-
-def position_weights(reward: Tensor, mask: Tensor, gamma: float = 0.5) -> Tensor:
-    """IW-OPD: early tokens weigh more, (B, T), from 1 + gamma down to 1; detached.
-
-    w_t = 1 + gamma (1 - sum_{s<t} |r_s| / sum_s |r_s|): a token loses weight as its row drifts from
-    the teacher.  1 + gamma where all rewards are 0.  gamma >= 0, the paper's .5.
-    [code: TRL's IW-OPD, 2606.22600]
-    """
-    size = torch.where(mask, reward.detach().abs(), 0.0)
-    drift, whole = size.cumsum(-1) - size, size.sum(-1, keepdim=True)
-    return 1 + gamma * (1 - drift / whole.clamp(min=torch.finfo(size.dtype).tiny))
-
-
-def prune_weights(overlap: Tensor, mask: Tensor, tau: float, decay: float) -> Tensor:
-    """Prune-OPD: each token of low overlap takes `decay` off its own and all later weights, (B, T).
-
-    w_t = clip(1 - decay #{s <= t: overlap_s < tau}, 0, 1), non-increasing.  The paper's tau .7,
-    decay .01 at top 16; its loss weight adds a base of .5.  [code: a copy of 2605.07804's]
-    """
-    low = mask & (overlap < tau)
-    return (1 - decay * low.cumsum(-1).to(overlap)).clamp(0, 1)
-
-
-def entropy_gate(logq: Tensor, threshold: float) -> Tensor:
-    """True where the teacher is undecided: H(q) > threshold nats; (..., V) -> (...) bool.
-
-    EOPD adds a forward KL there; its threshold is .8.  [secondary: EOPD 2603.07079]
-    """
-    return opd.entropy(logq) > threshold
-
+from .formulas import (
+    Read,
+    divergence_advantage,
+    entropy_gate,
+    local_forward_kl,
+    position_weights,
+    prune_weights,
+    tilted_teacher,
+)
 
 # What several rules use
-
-
-@dataclass
-class Read:
-    """A function of n as something that answers [n], like opd.LogProbs."""
-
-    at: Callable
-
-    def __getitem__(self, n: slice) -> Tensor:
-        return self.at(n)
 
 
 def reference_of(name: str | None) -> Callable:
@@ -108,12 +42,6 @@ def reference_of(name: str | None) -> Callable:
         return world.log_probs(c, models[0], rollout)
 
     return read
-
-
-def local_forward_kl(c: opd.Config, logp: Tensor, logq: Tensor) -> Tensor:
-    """Forward KL on the teacher's top_k, the rest in a bucket: (n, V) -> (n,)."""
-    support = opd.top_k_support(logp.detach(), logq, c.top_k, "teacher")
-    return opd.truncated_forward_kl(logp, logq, support, "bucket")
 
 
 # The rules
@@ -226,9 +154,77 @@ def importance_cap(cap: float = 5.0) -> tuple[dict, dict]:
     return dict(method="opd_full"), dict(loss=loss)
 
 
+def reshaped(change: Callable) -> Callable:
+    """A judge whose reward is change(r, log p(a)), r the log-ratio."""
+
+    def judge(c, world, rollout, teacher, right):
+        return change(opd.judge(c, world, rollout, teacher, right), rollout.logprobs)
+
+    return judge
+
+
+def soft_log() -> tuple[dict, dict]:
+    """Soft-log 2607.13399: sign(r) log(1 + |r|); small r as they are  [secondary]."""
+    return dict(method="opd"), dict(judge=reshaped(lambda r, logp: r.sign() * r.abs().log1p()))
+
+
+def power_opd(alpha: float = 0.5) -> tuple[dict, dict]:
+    """PowerOPD 2606.17199: q^alpha - p^alpha; alpha r as alpha -> 0  [secondary]."""
+    change = lambda r, logp: (alpha * (logp + r)).exp() - (alpha * logp).exp()  # noqa: E731
+    return dict(method="opd"), dict(judge=reshaped(change))
+
+
+def clipped(most: float = 1.0) -> tuple[dict, dict]:
+    """REOPOLD 2603.11137: r within -most .. most nats; opd where none is beyond  [secondary]."""
+    return dict(method="opd"), dict(judge=reshaped(lambda r, logp: r.clamp(-most, most)))
+
+
+def veto(beta: float = 0.5) -> tuple[dict, dict]:
+    """Veto 2601.07155: the target is ~ q p^beta; beta 0: opd  [secondary]."""
+
+    def judge(c, world, rollout, teacher, right):
+        student = world.log_probs(c, world.student, rollout)
+        target = Read(lambda n: (teacher[n] + beta * student[n].detach()).log_softmax(-1))
+        return opd.judge(c, world, rollout, target, right)
+
+    return dict(method="opd"), dict(judge=judge)
+
+
+def kdrl(beta: float = 0.1) -> tuple[dict, dict]:
+    """KDRL 2506.02208: right or wrong, minus beta k2; beta 0: reinforce  [secondary]."""
+
+    def judge(c, world, rollout, teacher, right):  # k2 = r^2 / 2: its gradient is -r grad log p(a)
+        sparse = opd.leave_one_out(right.float(), c.samples_per_prompt)[:, None]
+        return sparse + beta * opd.judge(c, world, rollout, teacher, right)
+
+    return dict(method="opd", samples_per_prompt=4), dict(judge=judge)
+
+
+def rg_opd() -> tuple[dict, dict]:
+    """RG-OPD 2607.04037: praise in right responses, blame in wrong ones only  [reconstruction]."""
+
+    def weights(c, world, rollout, teacher, reward, right):
+        plain = opd.weights(c, world, rollout, teacher, reward, right)
+        return plain * ((reward > 0) == right[:, None])
+
+    return dict(method="opd"), dict(weights=weights)
+
+
+def opsa(share: float = 0.2) -> tuple[dict, dict]:
+    """OPSA 2608.31046: no teacher, the least likely share of tokens down  [secondary]."""
+
+    def judge(c, world, rollout, teacher, right):
+        logp = rollout.logprobs
+        return -(logp <= logp[rollout.mask].quantile(share)).to(logp)
+
+    return dict(method="opd"), dict(judge=judge)
+
+
 RULES: dict[str, Callable] = dict(opd_plus=opd_plus, exopd=exopd, aopd=aopd, eopd=eopd)
 RULES |= dict(iw_opd=iw_opd, prune_opd=prune_opd, reference_kl=reference_kl)
 RULES |= dict(entropy_bonus=entropy_bonus, importance_cap=importance_cap)
+RULES |= dict(soft_log=soft_log, power_opd=power_opd, clipped=clipped, veto=veto, kdrl=kdrl)
+RULES |= dict(rg_opd=rg_opd, opsa=opsa)
 
 
 def train(rule: str, resume: str | Path | None = None, **fields: Any) -> opd.Run:

@@ -32,6 +32,12 @@ def through_eos(tokens: Tensor, eos_ids: list[int]) -> Tensor:
     return (is_eos.cumsum(-1) - is_eos.long()) == 0
 
 
+def chat(tokenizer: Any, before: list[dict[str, str]], text: str) -> str:
+    """A text as the user's turn of a chat, after other messages; thinking off."""
+    how = dict(tokenize=False, add_generation_prompt=True, enable_thinking=False)
+    return tokenizer.apply_chat_template([*before, {"role": "user", "content": text}], **how)
+
+
 def text_task(
     name: str, tokenizer: Any, max_tokens: int, draw: Any, judge: Any, tell: Any
 ) -> opd.Task:
