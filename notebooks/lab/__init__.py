@@ -19,6 +19,7 @@ if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))  # for `import opd`
 
 from . import fig06, fig07
+
 # fmt: off
 from .course import CAST, cast
 from .diagrams import FIGURES, animate, arrow, board, box, strip
