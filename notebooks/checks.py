@@ -83,7 +83,7 @@ def make_inputs(key: str, names: str, case: int, empty: bool) -> tuple[dict[str,
         beta=lambda: 0.3 + 0.1 * case, scale=lambda: 1.25 + case, k=lambda: 3 + case,
         min_prob=lambda: 0.05, step=lambda: (19, 13, 39)[case], steps=lambda: (40, 30, 40)[case],
         start=lambda: 6, end=lambda: (51, 26, 53)[case], growth=lambda: (0.6, 0.7, 0.5)[case],
-        weight=lambda: normal(B, T), base=lambda: normal(B, T),
+        gate=lambda: normal(B, T) > 0, weight=lambda: normal(B, T), base=lambda: normal(B, T),
         own=lambda: 0.6, scores=lambda: torch.tensor(SCORES[case], dtype=torch.float64),
         s=lambda: normal(T).abs().sort(descending=True).values * (torch.arange(T) < T - case),
         values=lambda: (2 * normal(4 * B)).round() / 2,
@@ -175,6 +175,11 @@ def within(mask: Tensor, horizon: int) -> Tensor:
     return mask & (torch.arange(mask.shape[1]) < horizon)
 
 
+def drift_weights(reward: Tensor, mask: Tensor, kappa: float) -> Tensor:
+    size = torch.where(mask, reward.abs(), 0.0)
+    return mask * (1 + kappa * (size - size.cumsum(-1)).exp())
+
+
 def staircase(step: int, steps: int, start: int, end: int, growth: float) -> int:
     fields = dict(schedule="staircase", horizon_start=start, growth=growth)
     return opd.horizon_at(step, opd.Config(steps=steps, max_tokens=end, **fields))
@@ -235,10 +240,11 @@ EXERCISES = {
     "5.3": Exercise("value mask finished", bootstrap, bug=lambda v, m, ended: v[:, -1]),
     "6.1": Exercise("logp tokens", first_order, on="values"),
     "6.2": Exercise("logp logq tokens k min_prob", lambda p, q, a, k, least: opd.routing_target(
-                        p, q, a, top_k=k, min_prob=least)[0], on="values"),
+                        p, q, a, top_k=k, min_prob=least, target="deficit")[0]),
     "6.3": Exercise("logp_a logq_a", opd.log_ratio_reward, bug=broken.k3_as_reward),
-    "7.1": Exercise("x mask", lambda x, m: opd.masked_mean(x, m, "sequence_mean"), empty=True),
-    "7.2": Exercise("logq logref scale", lab.tilted_teacher),
+    "7.1": Exercise("reward mask gamma", drift_weights, on="values"),
+    "7.2": Exercise("x mask gate", lambda x, m, gate: opd.masked_mean(torch.where(gate, x, 0.0), m),
+                    bug=lambda x, m, gate: x[m & gate].sum() / (m & gate).sum(), empty=True),
     "7.3": Exercise("x mask pieces", lambda x, m, n: opd.masked_mean(x, m),
                     bug=lambda x, m, n: broken.mean_of_micro_batch_means(
                         [*zip(x.chunk(n), m.chunk(n), strict=True)])),

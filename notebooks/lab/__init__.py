@@ -49,7 +49,7 @@ from .reports import (
 )
 from .rules import RULES, train
 from .trees import Tree, positions_of, through_eos
+from . import fig01, fig04, fig05, fig06, fig07, fig13
 
-from . import fig01, fig04, fig05, fig13
-
-FIGURES |= fig01.FIGURES | fig04.FIGURES | fig05.FIGURES | fig13.FIGURES
+for _each in (fig01, fig04, fig05, fig06, fig07, fig13):
+    FIGURES.update(_each.FIGURES)

@@ -21,7 +21,10 @@ CAST = {  # a model's name without student_ -> (its task, what is special about 
         "guesses at once in half of its texts, else writes every step six times",
     ),
     "synonym_teacher": ("synonyms", "prefers three of the sixteen words for each number"),
-    "synonym_student": ("synonyms", "uses all sixteen words for each number"),
+    "synonym_student": (
+        "synonyms",
+        "prefers a wrong word for each number, and gives each of the teacher's three about .001",
+    ),
 }
 
 

@@ -47,7 +47,8 @@ def strip(
     lines = [range(i, min(i + per_line, len(tokens))) for i in range(0, len(tokens), per_line)]
     wide, high = min(per_line, len(tokens)), len(lines) * (len(rows) + 1.6)
     names = max(map(len, rows), default=0)
-    figure = Figure(figsize=(0.42 * wide + 0.085 * names + 0.3, 0.3 * high + 0.35 * bool(title)))
+    size = 0.42 * wide + 0.085 * names + 0.3, 0.3 * high + 0.35 * bool(title)
+    figure = Figure(figsize=size, layout="none")
     axis = figure.subplots()
     for n, line in enumerate(lines):
         top = n * (len(rows) + 1.6)
@@ -84,9 +85,10 @@ def cell(
         axis.add_patch(Rectangle((x, y), 1, 1, fc="none", ec="k", lw=0, hatch="////", alpha=0.6))
     mark = f"{value:.1f}".replace("-", "−") if number else ("+" if value > 0 else "−")
     dark = strength > 0.6 and value > 0
+    paper = dict(fc="w", ec="none", pad=0.8) if hatched else None  # hatches do not strike it out
     if number or strength > 0.08:
         axis.text(x + 0.5, y + 0.52, mark, ha="center", va="center", fontsize=6.5 if number else 7,
-                  color="w" if dark else "k")  # fmt: skip
+                  color="w" if dark and not hatched else "k", bbox=paper)  # fmt: skip
 
 
 def pixels(figure: Figure, dpi: int = 80) -> Image.Image:
@@ -137,7 +139,7 @@ def arrow(
 
 def loop() -> Figure:
     """The loop of on-policy distillation: write, score, compare, update, and again."""
-    figure = Figure(figsize=(7.4, 2.9))
+    figure = Figure(figsize=(7.4, 2.9), layout="none")
     axis = figure.subplots()
     box(axis, 2, 4, "student  p", 3.2)
     box(axis, 14.6, 4, "teacher  q", 3.2, ORANGE)
@@ -186,7 +188,8 @@ def learning() -> dict[int, list[tuple]]:
 
 def board(texts: list[tuple], title: str, wide: int, full: float = 6.0) -> Figure:
     """A few responses below each other, a cell for each token, as `learning` gives them."""
-    figure = Figure(figsize=(0.165 * (wide + 16), 0.27 * (len(texts) + 1.4)))
+    size = 0.165 * (wide + 16), 0.27 * (len(texts) + 1.4)
+    figure = Figure(figsize=size, layout="none")
     axis = figure.subplots()
     for y, (prompt, right, tokens, values) in enumerate(texts):
         asked = f"{prompt.removeprefix('<b> ')}  {'✓' if right else '✗'}"

@@ -37,6 +37,7 @@ def style() -> None:
         "axes.spines.top": False, "axes.spines.right": False, "font.size": 9,
         "legend.frameon": False,
     })  # fmt: skip
+    plt.close(plt.figure())  # from here on a Figure that a cell returns is drawn
 
 
 def words(tokenizer: Any, rollout: opd.Rollout, row: int = 0) -> list[str]:

@@ -154,11 +154,11 @@ def ex_6_1(logp: Tensor, action: Tensor) -> Tensor:
 
 
 def ex_6_2(logp: Tensor, logq: Tensor, action: Tensor, k: int, least: float) -> Tensor:
-    """Three conditions and `not a`; then q over its sum on C.  The clamp leaves an empty C at 0."""
-    p, q = logp.exp(), logq.exp()
+    """C as before, then q - p over its sum; p is detached, or the student moves its own target."""
+    p, q = logp.detach().exp(), logq.detach().exp()
     wanted = torch.zeros_like(p, dtype=torch.bool).scatter(-1, q.topk(k).indices, True)
     drawn = one_hot(action, p.shape[-1]).bool()
-    r = torch.where(wanted & ~drawn & (p >= least) & (q > p), q, 0.0)
+    r = torch.where(wanted & ~drawn & (p >= least) & (q > p), q - p, 0.0)
     return r / r.sum(-1, keepdim=True).clamp(min=1e-300)
 
 
@@ -170,15 +170,16 @@ def ex_6_3(logp_a: Tensor, logq_a: Tensor) -> Tensor:
 # --- 07 gates, weights, regularizers --------------------------------------------------------------
 
 
-def ex_7_1(x: Tensor, mask: Tensor) -> Tensor:
-    """Each row's mean first, then the mean over all rows; a row without tokens counts as 0."""
-    rows = torch.where(mask, x, 0.0).sum(1) / mask.sum(1).clamp(min=1)
-    return rows.mean()
+def ex_7_1(reward: Tensor, mask: Tensor, kappa: float) -> Tensor:
+    """Drift before a token: the sum through it, less its own.  Masked values are out first."""
+    size = torch.where(mask, reward.abs(), 0.0)
+    before = size.cumsum(1) - size
+    return torch.where(mask, 1 + kappa * torch.exp(-before), 0.0)
 
 
-def ex_7_2(logq: Tensor, logref: Tensor, scale: float) -> Tensor:
-    """Log-probs are scaled and added; log_softmax subtracts log Z, so that it is a law again."""
-    return (scale * logq + (1 - scale) * logref).log_softmax(-1)
+def ex_7_2(x: Tensor, mask: Tensor, gate: Tensor) -> Tensor:
+    """All response tokens below the line: a shut gate is a 0 that counts."""
+    return torch.where(mask & gate, x, 0.0).sum() / mask.sum().clamp(min=1)
 
 
 def ex_7_3(x: Tensor, mask: Tensor, pieces: int) -> Tensor:
