@@ -1,12 +1,14 @@
-"""lab.diagrams: strips, animations, and the files of notebooks/figures."""
+"""lab.diagrams: strips and animations; notebooks/figures: the pictures of the course."""
 
 import re
 import sys
 
+import figures
 import lab
 import pytest
 import torch
 from conftest import ROOT
+from figures import fig00
 from PIL import Image
 
 import opd
@@ -75,22 +77,23 @@ def test_an_animation_has_a_picture_a_step_and_a_limit(tmp_path, monkeypatch):
 
 
 def test_every_file_of_figures_is_made_by_a_function_and_is_small():
-    files = {file.name: file for file in (ROOT / "notebooks/figures").iterdir()}
-    assert files.keys() == lab.FIGURES.keys()
+    pictures = [file for file in figures.FOLDER.iterdir() if file.suffix in (".png", ".gif")]
+    files = {file.name: file for file in pictures}
+    assert files.keys() == figures.FIGURES.keys()
     assert all(file.stat().st_size <= lab.diagrams.LARGEST for file in files.values())
 
 
 def test_the_animation_of_learning_shows_answers_that_become_right(monkeypatch, tmp_path):
-    monkeypatch.setattr(lab.diagrams, "STEPS", [0, 8])
+    monkeypatch.setattr(fig00, "STEPS", [0, 8])
     load = opd.Config.load
     monkeypatch.setattr(opd.Config, "load", lambda: load(steps=8))
-    seen = lab.diagrams.learning()
+    seen = fig00.learning()
     right = {step: sum(right for _, right, _, _ in texts) for step, texts in seen.items()}
     assert right[0] < right[8]
     for texts in seen.values():
         assert all(len(tokens) <= len(values) for _, _, tokens, values in texts)
-    monkeypatch.setattr(lab.diagrams, "learning", lambda: seen)
-    assert Image.open(lab.diagrams.learning_animation(tmp_path / "x.gif")).n_frames == 2
+    monkeypatch.setattr(fig00, "learning", lambda: seen)
+    assert Image.open(fig00.learning_animation(tmp_path / "x.gif")).n_frames == 2
 
 
 # the commands, and the page of all comparisons
@@ -120,7 +123,7 @@ def test_tables_and_figures_on_the_command_line(command, monkeypatch, tmp_path, 
     assert command.main(["tables"]) == 0
     page = (tmp_path / "README.md").read_text()
     assert "## compatible\n" in page and "| hasty, teacher |" in page
-    monkeypatch.setattr(lab.diagrams, "FOLDER", tmp_path)
+    monkeypatch.setattr(figures, "FOLDER", tmp_path)
     assert command.main(["figures", "loop.png"]) == 0 and (tmp_path / "loop.png").exists()
     assert str(tmp_path / "loop.png") in capsys.readouterr().out
     assert command.main(["figures", "none.png"]) == 2

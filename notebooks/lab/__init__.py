@@ -20,7 +20,7 @@ if str(ROOT) not in sys.path:
 
 # fmt: off
 from .course import CAST, cast
-from .diagrams import FIGURES, animate, arrow, board, box, strip
+from .diagrams import animate, arrow, board, box, strip
 from .experiments import (
     EDITION, TUNING_SEEDS, best_rates, build, compare, config_of, evidence, fields_of,
     gigaflop, grid_of, in_processes, load_spec, results_file, run_one, summary_of,
@@ -28,8 +28,6 @@ from .experiments import (
 from .formulas import (
     divergence_advantage, entropy_gate, position_weights, prune_weights, tilted_teacher,
 )
-from .fig04 import tails
-from .fig05 import blame
 from .geometry import (
     auroc, coherence, entropy_of, foresight, gradient_moments, gradient_noise, kl_by_position,
     matrices, norm_scaled, spectrum, subspace_alignment, top_share, update_geometry,
@@ -49,7 +47,3 @@ from .reports import (
 )
 from .rules import RULES, train
 from .trees import Tree, positions_of, through_eos
-from . import fig01, fig04, fig05, fig06, fig07, fig13
-
-for _each in (fig01, fig04, fig05, fig06, fig07, fig13):
-    FIGURES.update(_each.FIGURES)

@@ -91,11 +91,13 @@ def tables(words: list[str], fields: dict) -> None:
 
 def figures(words: list[str], fields: dict) -> None:
     """Make the pictures of the course."""
-    wrong = sorted({*words} - {*lab.FIGURES})
-    opd.require(not wrong and not fields, f"{wrong}: must be of {', '.join(lab.FIGURES)}")
-    for name in words or lab.FIGURES:
-        lab.FIGURES[name](lab.diagrams.FOLDER / name)
-        print(lab.diagrams.FOLDER / name)
+    import figures as pictures  # notebooks/figures
+
+    wrong = sorted({*words} - {*pictures.FIGURES})
+    opd.require(not wrong and not fields, f"{wrong}: must be of {', '.join(pictures.FIGURES)}")
+    for name in words or pictures.FIGURES:
+        pictures.FIGURES[name](pictures.FOLDER / name)
+        print(pictures.FOLDER / name)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,8 +1,7 @@
 """The picture of notebook 01."""
 
+from lab.diagrams import BLUE, ORANGE, saved
 from matplotlib.figure import Figure
-
-from .diagrams import BLUE, ORANGE, saved
 
 PATHS = [  # where it leaves the teacher's, its height, tokens, and what is said of it
     (0, 2, "2 + 2 = 4 ; 4 …", "the teacher's path:\nthe states its text trains on"),

@@ -4,13 +4,12 @@ from functools import cache
 from pathlib import Path
 
 import torch
+from lab.diagrams import animate, cell
+from lab.plots import ORANGE, words
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch
 
 import opd
-
-from .diagrams import animate, cell
-from .plots import ORANGE, words
 
 
 @cache

@@ -1,12 +1,11 @@
 """The figure of notebook 04."""
 
 import torch
+from lab.diagrams import saved
+from lab.plots import BLUE, ORANGE
 from matplotlib.figure import Figure
 
 import opd
-
-from .diagrams import saved
-from .plots import BLUE, ORANGE
 
 P, Q = (0.7, 0.25, 0.03, 0.01, 0.01), (0.2, 0.1, 0.05, 0.6, 0.05)
 TAILS = ("stop_gradient", "generalised", "renormalise", "bucket")

@@ -1,13 +1,12 @@
 """The figure of notebook 07: one response under five rules."""
 
 import torch
+from lab.diagrams import saved, strip
+from lab.plots import words
+from lab.rules import entropy_gate, position_weights, prune_weights
 from matplotlib.figure import Figure
 
 import opd
-
-from .diagrams import saved, strip
-from .plots import words
-from .rules import entropy_gate, position_weights, prune_weights
 
 
 def rules() -> Figure:

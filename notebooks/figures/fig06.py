@@ -3,12 +3,11 @@
 from pathlib import Path
 
 import torch
+from lab.diagrams import animate, saved
+from lab.plots import BLUE, GREY, ORANGE
 from matplotlib.figure import Figure
 
 import opd
-
-from .diagrams import animate, saved
-from .plots import BLUE, GREY, ORANGE
 
 
 def mean_steps(rule: str, logq: torch.Tensor, steps: int) -> list[torch.Tensor]:

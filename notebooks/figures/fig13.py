@@ -1,8 +1,7 @@
 """The picture of notebook 13."""
 
+from lab.diagrams import BLUE, GREY, ORANGE, arrow, box, saved
 from matplotlib.figure import Figure
-
-from .diagrams import BLUE, GREY, ORANGE, arrow, box, saved
 
 
 def context() -> Figure:

@@ -1,0 +1,16 @@
+"""The pictures of the course: figNN.py makes those of notebook NN, each by one function.
+
+python notebooks/lab figures [NAME ...]   # makes them again, all or some
+"""
+
+import sys
+from pathlib import Path
+
+FOLDER = Path(__file__).resolve().parent
+if str(FOLDER.parent) not in sys.path:
+    sys.path.insert(0, str(FOLDER.parent))  # for `import lab`, which finds opd
+
+from . import fig00, fig01, fig04, fig05, fig06, fig07, fig13  # noqa: E402
+
+EACH = (fig00, fig01, fig04, fig05, fig06, fig07, fig13)
+FIGURES = {name: make for module in EACH for name, make in module.FIGURES.items()}
