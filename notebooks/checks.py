@@ -205,6 +205,11 @@ def bootstrap(value: Tensor, mask: Tensor, finished: Tensor) -> Tensor:
     return torch.where(finished, 0.0, value.gather(1, mask.sum(1, keepdim=True)).squeeze(1))
 
 
+def either(logp: Tensor, one: int, other: int) -> Tensor:
+    """The log-prob of one token or the other, (B, T)."""
+    return torch.logaddexp(logp[..., one], logp[..., other])
+
+
 def by_token(law: Tensor, tokens: Tensor) -> Tensor:
     return opd.of_tokens(law.log_softmax(-1), tokens)
 
@@ -268,6 +273,13 @@ EXERCISES = {
     "12.2": Exercise("answers seen", behind_prompt, bug=lambda y, seen: y[:, seen.shape[1]:]),
     "12.3": Exercise("logq temperature", lambda q, t: (q / t).log_softmax(-1),
                      bug=lambda q, t: q / t),
+    "13.1": Exercise("logp logq min_prob", lambda p, q, least: (
+                         q.exp() * (p.exp() < least)).sum(-1), on="values"),
+    "13.2": Exercise("z student_eos teacher_eos",
+                     lambda z, *eos: opd.from_logits(z, stops=[*eos]).exp()),
+    "13.3": Exercise("logp logq student_eos teacher_eos",
+                     lambda p, q, *eos: either(q, *eos) - either(p, *eos),
+                     bug=lambda p, q, eos, _: q[..., eos] - p[..., eos]),
 }  # fmt: skip
 
 # ------------------------------------------------------------------------------------------------

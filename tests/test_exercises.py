@@ -49,7 +49,7 @@ def cells_of(number):
     return []
 
 
-CELLS = {number: cells_of(number) for number in range(13)}
+CELLS = {number: cells_of(number) for number in range(14)}
 STUBS = {
     match[1]: source
     for cells in CELLS.values()
@@ -77,7 +77,7 @@ def said(source):
 
 def test_enough_of_them_in_every_notebook():
     assert len(KEYS) >= 30
-    for number in range(13):
+    for number in range(14):
         keys = [key for key in KEYS if key.startswith(f"{number}.")]
         assert keys == [f"{number}.{k}" for k in range(1, len(keys) + 1)] and 2 <= len(keys) <= 3
         if CELLS[number]:
@@ -275,7 +275,7 @@ def test_no_such_exercise(capsys):
 
 def test_three_quiz_questions_a_notebook_with_answers():
     parts = re.split(r"(?m)^## ", QUIZ)[1:]
-    assert [part[:2] for part in parts] == [f"{number:02}" for number in range(13)]
+    assert [part[:2] for part in parts] == [f"{number:02}" for number in range(14)]
     for part in parts:
         assert len(re.findall(r"(?m)^\d\. ", part)) == part.count("*Answer:*") == 3
 
@@ -284,7 +284,7 @@ def test_the_course_page_asks_the_same_questions_without_answers():
     page = (ROOT / "notebooks/README.md").read_text()
     readme = page.partition("## Quiz\n")[2].partition("</details>")[0]
     asked = re.findall(r"(?m)^\d\. (.*)$", readme)
-    assert asked == re.findall(r"(?m)^\d\. (.*)$", QUIZ) and len(asked) == 39
+    assert asked == re.findall(r"(?m)^\d\. (.*)$", QUIZ) and len(asked) == 42
     assert "Answer" not in readme
 
 

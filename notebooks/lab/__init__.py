@@ -18,6 +18,14 @@ ROOT = Path(__file__).resolve().parents[2]
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))  # for `import opd`
 
+try:
+    import matplotlib
+    import pydantic
+    import torch
+    import transformers
+except ModuleNotFoundError as missing:
+    raise SystemExit(f"{missing}; run: pip install -r {ROOT.name}/requirements.txt") from None
+
 # fmt: off
 from .course import CAST, cast
 from .diagrams import animate, arrow, board, box, strip

@@ -291,3 +291,25 @@ def ex_12_3(logq: Tensor, temperature: float) -> Tensor:
     """softmax(z / T) from log-probs at 1: they are logits up to a constant a state."""
     scaled = logq / temperature
     return scaled - scaled.logsumexp(-1, keepdim=True)
+
+
+# --- 13 real language -----------------------------------------------------------------------------
+
+
+def ex_13_1(logp: Tensor, logq: Tensor, min_prob: float) -> Tensor:
+    """The teacher's mass where the student has next to none: no draw reaches it."""
+    return torch.where(logp.exp() < min_prob, logq.exp(), 0.0).sum(-1)
+
+
+def ex_13_2(z: Tensor, student_eos: int, teacher_eos: int) -> Tensor:
+    """One column gets both probabilities; built anew, since autograd dislikes writing in place."""
+    p = z.softmax(-1)
+    move = torch.zeros_like(p)
+    move[..., student_eos], move[..., teacher_eos] = 1, -1
+    return p + move * p[..., teacher_eos, None]
+
+
+def ex_13_3(logp: Tensor, logq: Tensor, student_eos: int, teacher_eos: int) -> Tensor:
+    """The event is at either id: probabilities add up, log-probs do not."""
+    p, q = (x[..., [student_eos, teacher_eos]].exp().sum(-1) for x in (logp, logq))
+    return q.log() - p.log()
