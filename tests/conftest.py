@@ -35,7 +35,8 @@ def pytest_cmdline_main(config):
     """Two processes, a file at a time, where pytest-xdist is there and nothing else was asked."""
     here = config.pluginmanager.hasplugin("xdist") and "PYTEST_XDIST_WORKER" not in os.environ
     if here and config.option.numprocesses is None:
-        config.option.numprocesses, config.option.dist = 2, "loadfile"
+        how = "load" if config.option.notebooks else "loadfile"
+        config.option.numprocesses, config.option.dist = 2, how
 
 
 def pytest_configure(config):
