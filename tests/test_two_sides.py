@@ -264,6 +264,16 @@ def test_one_list_of_stop_ids_leaves_everything_to_the_bit():
     assert torch.equal(opd.from_logits(logits, stops=None), torch.log_softmax(logits, -1))
 
 
+def test_a_pair_with_one_stop_id_trains_to_the_bit_as_without_the_stop_event(
+    run_dir, quick, unmerged
+):
+    fields = dict(batch_size=8, steps=3, eval_prompts=4, eval_every=0, diagnose_every=1)
+    one = opd.train(opd.Config.load(**fields, name="one"))
+    unmerged()
+    two = opd.train(opd.Config.load(**fields, name="two"))
+    assert rows_of(one.dir) == rows_of(two.dir)
+
+
 def test_an_exchanged_pair_keeps_its_length_and_without_the_merging_unlearns_to_stop(
     exchanged, unmerged, quick
 ):
