@@ -43,7 +43,8 @@ def strip(
     lines = [range(i, min(i + per_line, len(tokens))) for i in range(0, len(tokens), per_line)]
     wide, high = min(per_line, len(tokens)), len(lines) * (len(rows) + 1.6)
     names = max(map(len, rows), default=0)
-    size = 0.42 * wide + 0.085 * names + 0.3, 0.3 * high + 0.35 * bool(title)
+    unit = max(0.42, 0.08 * max(len(shown(token)) for token in tokens))  # inches a token
+    size = unit * wide + 0.085 * names + 0.3, 0.3 * high + 0.35 * bool(title)
     figure = Figure(figsize=size, layout="none")
     axis = figure.subplots()
     for n, line in enumerate(lines):
