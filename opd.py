@@ -119,6 +119,7 @@ class Config(BaseModel, extra="forbid", strict=True, frozen=True, allow_inf_nan=
     method: str = opt("opd_full", "names from `python opd.py methods`, joined by +")
     # states: whose text is learned from
     states: Literal["student", "teacher", "data"] = opt("student", "who writes the text")
+    student_share: float = opt(0.0, "teacher, data: batches the student writes (GKD)", ge=0, le=1)
     keep: Literal["all", "right"] = opt("all", "right: wrong or cut responses weigh 0")
     batch_size: int = opt(64, "responses a step", ge=1, le=MANY)
     samples_per_prompt: int = opt(1, "responses to each prompt; divides batch_size", ge=1)
@@ -194,6 +195,7 @@ class Config(BaseModel, extra="forbid", strict=True, frozen=True, allow_inf_nan=
     def _refuse_what_would_train_something_else(self) -> "Config":
         c, direct = self, self.route == "direct"
         own, copies = c.states == "student", c.feedback == "imitation"
+        writes = own or c.student_share > 0
         judged = c.feedback == "teacher" and not direct  # token by token, by the log-ratio
         cut, forward = direct and c.support != "full", c.divergence == "forward_kl"
         bare = c.tail in ("stop_gradient", "generalised")  # for the reverse KL only
@@ -207,7 +209,7 @@ class Config(BaseModel, extra="forbid", strict=True, frozen=True, allow_inf_nan=
             ("horizon", isinstance(c.horizon, float) and c.horizon >= 1, "a share below 1"),
             ("route", not direct and (not own or copies), "states student, and not imitation"),
             ("feedback", direct and c.feedback == "verifier", "route policy_gradient"),
-            ("feedback", copies and own and c.keep == "all", "other states, or keep right"),
+            ("feedback", copies and writes and c.keep == "all", "other states, or keep right"),
             ("gamma", c.gamma > 0 and not judged, "route policy_gradient, feedback teacher"),
             ("negative", c.negative == "route" and not judged, "route policy_gradient, a teacher"),
             ("baseline", direct and c.baseline != "none", "route policy_gradient"),
@@ -215,7 +217,7 @@ class Config(BaseModel, extra="forbid", strict=True, frozen=True, allow_inf_nan=
             ("divergence", not direct and c.divergence != "reverse_kl", "route direct"),
             ("support", cut and c.divergence == "jsd", "divergence reverse_kl or forward_kl"),
             ("tail", cut and bare and forward, "divergence reverse_kl"),
-            ("top_p", c.top_p < 1 and not (direct and own), "the student's text, route direct"),
+            ("top_p", c.top_p < 1 and not (direct and writes), "the student's text, route direct"),
             ("samples_per_prompt", uneven, f"{least} or more, that divide {c.batch_size} rows"),
         ]:
             require(not wrong, f"{name} = {getattr(c, name)!r}: needs {needs}")
@@ -262,8 +264,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "prefix": dict(schedule="linear", horizon_start=6, growth=1.0),
     # EffOPD 2605.11739: extrapolate the parameters at steps 1, 2, 4, 8, ...  [paper; code]
     "effopd": dict(extrapolate="accuracy"),
-    # GKD 2306.13649, all on-policy; KL on the teacher's text; imitation  [secondary; derived]
-    "gkd": dict(states="student", divergence="jsd", beta=0.5),
+    # GKD 2306.13649: mixed states, JSD; KL on the teacher's text; imitation  [secondary; derived]
+    "gkd": dict(states="data", student_share=0.5, divergence="jsd", beta=0.5),
     "kd": dict(states="teacher", feedback="teacher", route="direct", divergence="forward_kl"),
     "sft": dict(states="data", feedback="imitation", route="direct"),
     # the sparse rival: right or wrong, against the prompt's other samples  [derived]
@@ -999,7 +1001,8 @@ def all_reduce(x: Tensor, how: str = "SUM") -> Tensor:
 
 def write(c: Config, world: World, step: int, horizon: int) -> tuple[Prompts, Rollout]:
     """STATES: this process's prompts of a step, and text by the student, the teacher, or from the
-    data.  They depend on seed and step alone: a longer horizon continues the same text."""
+    data.  They depend on seed and step alone: a longer horizon continues the same text.
+    student_share: with that probability the student writes the batch, GKD's lambda [secondary]."""
     n = c.batch_size // c.samples_per_prompt
     some = world.task.prompts(n, "train", f"{c.seed} {step}")
     require(len(some.text) == n, f"task = {c.task!r}: must draw the {n} prompts asked for")
@@ -1007,14 +1010,15 @@ def write(c: Config, world: World, step: int, horizon: int) -> tuple[Prompts, Ro
     g, device = keyed_generator(c.seed, "noise", step), world.student.device
     noise = torch.rand(c.batch_size, c.max_tokens, generator=g).chunk(RANKS)[RANK]
     how = dict(horizon=horizon, noise=noise, temperature=c.temperature, **world.vocab)
-    if c.states == "data":  # demonstrations, cut at the horizon; nobody drew them
+    own = c.states == "student" or torch.rand(1, generator=g) < c.student_share
+    if not own and c.states == "data":  # demonstrations, cut at the horizon; nobody drew them
         tokens, mask = world.task.show(prompts)
         finished, nan = ~mask[:, horizon:].any(1), torch.full(mask.shape, torch.nan)
         parts = (x[:, :horizon] for x in (tokens, mask, nan))
         parts = (prompts.ids, prompts.mask, *parts, finished)
         return prompts, Rollout(*(x.to(device) for x in parts))
     writer, read = world.student, prompts
-    if c.states == "teacher":
+    if not own:
         writer, read = world.teacher, world.task.context(prompts)
         text = behind(prompts, sample(writer, read, **how))
     elif world.sampler:
@@ -1236,13 +1240,7 @@ def attention_and_mlp(name: str) -> bool:
 
 @torch.no_grad()
 def extrapolate(
-    model: Module,
-    base: dict,
-    validate: Any,
-    *,
-    tries: int = 5,
-    accept: str = ">=",
-    moves: Any = attention_and_mlp,
+    model: Module, base: dict, validate: Any, *, tries: int = 5, accept: str = ">=", moves: Any = 0
 ) -> int:
     """EffOPD: try W + 2k (W - W_base) for k = 1 .. tries, stop at the first that is not accepted.
 
@@ -1251,6 +1249,7 @@ def extrapolate(
     name -> bool, or `attention_and_mlp`.  Leaves the last accepted candidate in place, or W bit by
     bit; returns its k, or 0.  The optimizer's state is not touched.  [paper 2605.11739: k, >=,
     powers of two; code: which parameters, base = accepted weights, >]"""
+    moves = moves or attention_and_mlp
     moving = {name: p for name, p in model.named_parameters() if moves(name)}
     own = {name: p.clone() for name, p in moving.items()}
     best, accepted = validate(model), 0

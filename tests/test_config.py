@@ -120,7 +120,7 @@ BAD = [
         "route = 'policy_gradient': needs states student",
     ),
     (["--feedback", "imitation"], "feedback = 'imitation': needs other states, or keep right"),
-    (["--method", "sft", "--states", "student"], "feedback = 'imitation': needs other states"),
+    (["--method", "sft", "--student_share", "0.5"], "feedback = 'imitation': needs other states"),
     (["--feedback", "verifier"], f"feedback = 'verifier': {ROUTE_B}"),
     (["--feedback", "law"], "feedback = 'law': input should be 'teacher', 'verifier'"),
     (["--gamma", "1"], f"gamma = 1.0: {ROUTE_B}, feedback teacher"),
@@ -259,7 +259,7 @@ def test_what_trains_noise_is_refused_and_what_is_idle_is_not():
             opd.Config.load(**fields)
     idle = [
         dict(rho=0.5), dict(gae_lambda=0.5), dict(growth=0.3), dict(beta=0.1),
-        dict(tail="renormalise"), dict(method="opd", min_prob=0.1),
+        dict(tail="renormalise"), dict(student_share=0.4), dict(method="opd", min_prob=0.1),
         dict(feedback="imitation", keep="right"), dict(top_p=0.9), dict(method="gkd", top_p=0.9),
     ]  # fmt: skip
     for fields in idle:
@@ -347,6 +347,7 @@ ALIVE = {
     "task": ("chain/reordered", dict(method="sft", teacher=None)),
     "method": ("kd", {}),
     "states": ("teacher", {}),
+    "student_share": (1.0, dict(states="teacher")),
     "keep": ("right", dict(student="tiny_configs/models/student_muddled")),
     "batch_size": (9, {}),
     "samples_per_prompt": (4, {}),

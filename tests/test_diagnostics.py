@@ -135,6 +135,8 @@ def test_engine_gap_is_null_where_the_student_did_not_write():
     data = dict(states="data", feedback="imitation")
     assert metrics_of(TRAINER, nobody, MASK, **data) == ([None] * 2, 0)
     assert metrics_of(TRAINER, SAMPLER, MASK, states="teacher") == ([None] * 2, 4)
+    mixed = dict(states="data", student_share=0.5)  # the second row is the student's
+    assert metrics_of(TRAINER, [nobody[0], SAMPLER[1]], MASK, **mixed) == ([None] * 2, 2)
 
 
 @pytest.mark.parametrize("top_p", [1.0, 0.8])

@@ -326,7 +326,7 @@ COSTS = [
     dict(), dict(method="opd"), dict(method="gae_opd"), dict(method="vopd"), dict(method="cr_opd"),
     dict(method="sft"), dict(method="reinforce"), dict(method="kd"), dict(updates_per_rollout=3),
     dict(micro_batch=3), dict(states="data"), dict(horizon=1), dict(method="gkd"),
-    dict(states="teacher"),
+    dict(states="teacher", student_share=0.5),
     dict(task="synonyms", updates_per_rollout=3), dict(diagnose_every=1),
 ]  # fmt: skip
 

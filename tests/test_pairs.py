@@ -20,6 +20,7 @@ SUPPORTED = dict(route="direct", support="student")
 # variable: what its values other than the default need, and the values
 VARIABLES = {
     "states": ({}, ["student", "teacher", "data"]),
+    "student_share": (dict(states="data"), [0.0, 0.5]),
     "keep": ({}, ["all", "right"]),
     "feedback": ({}, ["teacher", "verifier", "imitation"]),
     "route": ({}, ["direct", "policy_gradient"]),

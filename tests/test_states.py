@@ -201,6 +201,31 @@ def rows(rollout):
     return [t[m].tolist() for t, m in zip(rollout.tokens, rollout.mask, strict=True)]
 
 
+def coin(step):
+    """The uniform of write's choice of a writer, at seed 0."""
+    g = opd.keyed_generator(0, "noise", step)
+    torch.rand(64, 53, generator=g)
+    return float(torch.rand(1, generator=g))
+
+
+@pytest.mark.parametrize("others", ["teacher", "data"])
+def test_mixed_states_are_batches_of_one_writer(world, others):
+    """GKD tosses one coin for the batch [secondary]."""
+    wrote = []
+    for step in range(6):
+        whole = {who: states(world, step=step, states=who) for who in ("student", others)}
+        mixed = states(world, step=step, states=others, student_share=0.5)
+        wrote.append("student" if coin(step) < 0.5 else others)
+        assert rows(mixed) == rows(whole[wrote[-1]])
+        assert bool(mixed.logprobs[mixed.mask].isnan().any()) == (wrote[-1] == "data")
+        assert rows(whole["student"]) != rows(whole[others])
+    assert {*wrote} == {"student", others}
+    for share, who in ((1.0, "student"), (0.0, others)):
+        assert rows(states(world, states=others, student_share=share)) == rows(
+            states(world, states=who)
+        )
+
+
 def test_the_teachers_text_carries_the_teachers_log_probs(world):
     rollout = states(world, states="teacher")
     with torch.no_grad():

@@ -173,7 +173,7 @@ def provenance(c: opd.Config) -> dict[str, Any]:
 
 
 CHECKLIST = {  # item -> its Config fields; after the bar what came of it: means over the steps
-    "who writes": "states keep updates_per_rollout",
+    "who writes": "states student_share keep updates_per_rollout",
     "prompts": "task samples_per_prompt",
     "sampler and scorer": "temperature top_p",
     "feedback": "feedback",
