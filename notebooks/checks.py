@@ -89,7 +89,7 @@ def make_inputs(key: str, names: str, case: int, empty: bool) -> tuple[dict[str,
         values=lambda: (2 * normal(4 * B)).round() / 2,
         correct=lambda: torch.arange(4 * B) % 3 == 0,
         gradients=lambda: normal(B, V) + 0.5,
-        engine_logp=lambda: -normal(B, T).abs(), cap=lambda: 1.2 + 0.2 * case,
+        engine_logp=lambda: -normal(B, T).abs(),
         answers=lambda: -normal(B, 2 * T).abs(),
     )  # fmt: skip
     made = {name: makers[name]() for name in names.split()}
@@ -210,6 +210,11 @@ def either(logp: Tensor, one: int, other: int) -> Tensor:
     return torch.logaddexp(logp[..., one], logp[..., other])
 
 
+def tokens_left(logp_a: Tensor, engine_logp: Tensor, mask: Tensor) -> Tensor:
+    w = (logp_a - engine_logp).exp() * mask
+    return w.sum() ** 2 / w.square().sum()
+
+
 def by_token(law: Tensor, tokens: Tensor) -> Tensor:
     return opd.of_tokens(law.log_softmax(-1), tokens)
 
@@ -269,7 +274,7 @@ EXERCISES = {
     "11.2": Exercise("lp lq", lambda p, q: -opd.kl_on_support(p, q, p <= 0, "renormalise") / 4,
                      bug=lambda p, q: -(q.exp() * (q - p)).mean(-1)),
     "11.3": Exercise("x mask", opd.masked_mean, bug=broken.mean_with_padding, empty=True),
-    "12.1": Exercise("logp_a engine_logp cap", opd.truncated_importance_weights),
+    "12.1": Exercise("logp_a engine_logp mask", tokens_left, on="values"),
     "12.2": Exercise("answers seen", behind_prompt, bug=lambda y, seen: y[:, seen.shape[1]:]),
     "12.3": Exercise("logq temperature", lambda q, t: (q / t).log_softmax(-1),
                      bug=lambda q, t: q / t),

@@ -276,9 +276,10 @@ def ex_11_3(x: Tensor, mask: Tensor) -> Tensor:
 # --- 12 from tiny to GPU --------------------------------------------------------------------------
 
 
-def ex_12_1(logp_a: Tensor, engine_logp: Tensor, cap: float) -> Tensor:
-    """A factor in front of a loss, not a part of it: detached.  Clipped above only."""
-    return (logp_a - engine_logp).detach().exp().clamp(max=cap)
+def ex_12_1(logp_a: Tensor, engine_logp: Tensor, mask: Tensor) -> Tensor:
+    """sum c^2 with c = w / sum w is 1 / n for n equal weights: n = (sum w)^2 / sum w^2."""
+    w = torch.where(mask, (logp_a - engine_logp).exp(), 0.0)
+    return w.sum() ** 2 / (w**2).sum()
 
 
 def ex_12_2(answers: Tensor, seen: Tensor) -> Tensor:
