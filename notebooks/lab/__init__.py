@@ -29,6 +29,8 @@ from .formulas import (
     divergence_advantage, entropy_gate, position_weights, prune_weights, tilted_teacher,
 )
 from .fig01 import FIGURES as FIGURES_01
+from .fig08 import FIGURES as FIGURES_08
+from .fig09 import FIGURES as FIGURES_09
 from .geometry import (
     auroc, coherence, entropy_of, foresight, gradient_moments, gradient_noise, kl_by_position,
     matrices, norm_scaled, spectrum, subspace_alignment, top_share, update_geometry,
@@ -49,4 +51,4 @@ from .reports import (
 from .rules import RULES, train
 from .trees import Tree, positions_of, through_eos
 
-FIGURES |= FIGURES_01
+FIGURES |= FIGURES_01 | FIGURES_08 | FIGURES_09
