@@ -180,9 +180,9 @@ def drift_weights(reward: Tensor, mask: Tensor, kappa: float) -> Tensor:
     return mask * (1 + kappa * (size - size.cumsum(-1)).exp())
 
 
-def staircase(step: int, steps: int, start: int, end: int, growth: float) -> int:
-    fields = dict(schedule="staircase", horizon_start=start, growth=growth)
-    return opd.horizon_at(step, opd.Config(steps=steps, max_tokens=end, **fields))
+def lost_return(reward: Tensor, mask: Tensor, horizon: int) -> Tensor:
+    whole, kept = opd.discounted_return(reward, mask, 1.0), within(mask, horizon)
+    return torch.where(kept, whole - opd.discounted_return(reward, kept, 1.0), 0.0)
 
 
 def accepted(own: float, scores: Tensor) -> int:
@@ -258,7 +258,7 @@ EXERCISES = {
     "7.3": Exercise("x mask pieces", lambda x, m, n: opd.masked_mean(x, m),
                     bug=lambda x, m, n: broken.mean_of_micro_batch_means(
                         [*zip(x.chunk(n), m.chunk(n), strict=True)])),
-    "8.1": Exercise("step steps start end growth", staircase),
+    "8.1": Exercise("reward mask horizon", lost_return),
     "8.2": Exercise("x mask horizon", lambda x, m, n: opd.masked_mean(x, within(m, n)),
                     bug=lambda x, m, n: broken.wrong_count(x, within(m, n), m)),
     "8.3": Exercise("x mask", lab.kl_by_position, on="values"),

@@ -192,10 +192,11 @@ def ex_7_3(x: Tensor, mask: Tensor, pieces: int) -> Tensor:
 # --- 08 horizons ----------------------------------------------------------------------------------
 
 
-def ex_8_1(step: int, steps: int, start: int, end: int, growth: float) -> int:
-    """The ramp of `linear`, its progress rounded down to whole quarters."""
-    done = min(1.0, step / (growth * steps))
-    return start + round((end - start) * math.floor(4 * done) / 4)
+def ex_8_1(reward: Tensor, mask: Tensor, horizon: int) -> Tensor:
+    """Every kept token misses the same number: the sum of the rewards behind the cut."""
+    behind = mask & (torch.arange(mask.shape[1]) >= horizon)
+    missed = torch.where(behind, reward, 0.0).sum(1, keepdim=True)
+    return torch.where(mask & ~behind, missed, 0.0)
 
 
 def ex_8_2(x: Tensor, mask: Tensor, horizon: int) -> Tensor:
