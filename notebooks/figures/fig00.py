@@ -1,10 +1,10 @@
-"""The pictures of notebook 00: the loop, and a student that learns."""
+"""The pictures of notebook 00, the loop and a student that learns, and the map of the course."""
 
 from pathlib import Path
 
 import torch
 from lab.diagrams import animate, arrow, board, box, cell, saved
-from lab.plots import ORANGE, words
+from lab.plots import BLUE, GREY, ORANGE, words
 from matplotlib.figure import Figure
 
 import opd
@@ -72,4 +72,33 @@ def learning_animation(file: Path) -> Path:
     return animate(draw, STEPS, file)
 
 
+MAP = {  # number -> column, row, name, what it needs
+    "00": (0, 0, "tour", ""), "01": (1, 0, "states", "00"), "02": (2, 0, "divergences", "01"),
+    "03": (3, 0, "two routes", "02"), "04": (4, 0, "support", "03"), "06": (5, 0, "routing", "04"),
+    "13": (6, 0, "real language", "06"), "05": (3, 1, "credit", "03"),
+    "09": (0, -1, "extrapolation", "00"), "08": (1, -1, "horizons", "01"),
+    "12": (2, -1, "to a GPU", "02"), "10": (3, -1, "when it fails", "03"),
+    "11": (4, -1, "diagnostics", "10"), "07": (5, -1, "papers' rules", "06"),
+}  # fmt: skip
+
+
+def course() -> Figure:
+    """A map of the course: an arrow leads from a notebook to one that needs it."""
+    figure = Figure(figsize=(9, 3))
+    axis = figure.subplots()
+    for number, (column, row, name, needs) in MAP.items():
+        x, y, main = 2.9 * column, 1.7 * row, row == 0
+        box(axis, x, y, f"{number}\n{name}", 2.2, BLUE if main else GREY)
+        if needs:
+            u, v = 2.9 * MAP[needs][0], 1.7 * MAP[needs][1]
+            ends = ((u + 1.15, v), (x - 1.15, y)) if v == y else (
+                (u, v + 0.5 * row), (x, y - 0.5 * row))  # fmt: skip
+            arrow(axis, *ends)
+    axis.set(xlim=(-1.4, 18.8), ylim=(-2.4, 2.4))
+    axis.set_axis_off()
+    figure.subplots_adjust(0, 0, 1, 1)
+    return figure
+
+
 FIGURES = {"loop.png": saved(loop), "learning.gif": learning_animation}
+FIGURES |= {"course.png": saved(course)}
