@@ -1,0 +1,3 @@
+"""The picture of notebook 11."""
+
+FIGURES = {}
