@@ -81,10 +81,9 @@ def make_inputs(key: str, names: str, case: int, empty: bool) -> tuple[dict[str,
         samples=lambda: B, grouped=lambda: normal(2 * B), pieces=lambda: 2, horizon=lambda: 3,
         gamma=lambda: 0.5 + 0.1 * case, lam=lambda: 0.9, temperature=lambda: 2.0 + case,
         beta=lambda: 0.3 + 0.1 * case, scale=lambda: 1.25 + case, k=lambda: 3 + case,
-        min_prob=lambda: 0.05, step=lambda: (19, 13, 39)[case], steps=lambda: (40, 30, 40)[case],
-        start=lambda: 6, end=lambda: (51, 26, 53)[case], growth=lambda: (0.6, 0.7, 0.5)[case],
-        gate=lambda: normal(B, T) > 0, weight=lambda: normal(B, T), base=lambda: normal(B, T),
-        own=lambda: 0.6, scores=lambda: torch.tensor(SCORES[case], dtype=torch.float64),
+        min_prob=lambda: 0.05, gate=lambda: normal(B, T) > 0,
+        weight=lambda: normal(B, T), base=lambda: normal(B, T), final=lambda: normal(B, T),
+        moves=lambda: normal(B, T),
         s=lambda: normal(T).abs().sort(descending=True).values * (torch.arange(T) < T - case),
         values=lambda: (2 * normal(4 * B)).round() / 2,
         correct=lambda: torch.arange(4 * B) % 3 == 0,
@@ -95,8 +94,6 @@ def make_inputs(key: str, names: str, case: int, empty: bool) -> tuple[dict[str,
     made = {name: makers[name]() for name in names.split()}
     return made, SimpleNamespace(B=B, T=T, V=V, case=case)
 
-
-SCORES = [(0.6, 0.7, 0.7, 0.6, 0.9), (0.5, 0.9, 0.9, 0.9, 0.9), (0.7, 0.8, 0.9, 0.9, 1.0)]
 
 # ------------------------------------------------------------------------------------------------
 # The exercises
@@ -185,13 +182,20 @@ def lost_return(reward: Tensor, mask: Tensor, horizon: int) -> Tensor:
     return torch.where(kept, whole - opd.discounted_return(reward, kept, 1.0), 0.0)
 
 
-def accepted(own: float, scores: Tensor) -> int:
-    """By opd.extrapolate itself: candidate k of the weight 1, which came from 0, is 1 + 2 k."""
-    model = torch.nn.Linear(1, 1, bias=False)
-    torch.nn.init.ones_(model.weight)
-    found = {1 + 2 * k: score for k, score in enumerate([own, *scores.tolist()])}
-    base = dict(weight=torch.zeros(1, 1))
-    return opd.extrapolate(model, base, lambda m: found[round(m.weight.item())], moves=bool)
+def best_jump(weight: Tensor, base: Tensor, final: Tensor) -> Tensor:
+    return torch.linalg.lstsq((weight - base).view(-1, 1), (final - weight).view(-1, 1))[
+        0
+    ].squeeze()
+
+
+def walk(moves: Tensor, k: int, late: bool = False) -> Tensor:
+    """EffOPD's weights from 0, k accepted each time; late: the base is without the jump."""
+    w = base = torch.zeros_like(moves[0])
+    for now in moves:
+        now = w + now
+        w = now + 2 * k * (now - base)
+        base = now if late else w
+    return w
 
 
 def behind_prompt(answers: Tensor, seen: Tensor) -> Tensor:
@@ -262,8 +266,8 @@ EXERCISES = {
     "8.2": Exercise("x mask horizon", lambda x, m, n: opd.masked_mean(x, within(m, n)),
                     bug=lambda x, m, n: broken.wrong_count(x, within(m, n), m)),
     "8.3": Exercise("x mask", lab.kl_by_position, on="values"),
-    "9.1": Exercise("weight base k", lambda w, base, k: w + 2 * k * (w - base)),
-    "9.2": Exercise("own scores", accepted),
+    "9.1": Exercise("weight base final", best_jump),
+    "9.2": Exercise("moves k", walk, bug=lambda moves, k: walk(moves, k, late=True)),
     "9.3": Exercise("s", lambda s: lab.spectrum(torch.diag(s))["effective_rank"]),
     "10.1": Exercise("logp logq k", lambda p, q, k: opd.overlap(p, q, k).ratio, on="values"),
     "10.2": Exercise("values correct", lab.auroc),

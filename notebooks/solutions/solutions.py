@@ -213,19 +213,19 @@ def ex_8_3(x: Tensor, mask: Tensor) -> Tensor:
 # --- 09 extrapolation -----------------------------------------------------------------------------
 
 
-def ex_9_1(weight: Tensor, base: Tensor, k: int) -> Tensor:
-    """From the weights as they are, 2k times as far again as they came."""
-    return weight + 2 * k * (weight - base)
+def ex_9_1(weight: Tensor, base: Tensor, final: Tensor) -> Tensor:
+    """The projection of what is still to come on what has come."""
+    moved = weight - base
+    return ((final - weight) * moved).sum() / moved.square().sum()
 
 
-def ex_9_2(own: float, scores: Tensor) -> int:
-    """Against the best so far, not against the start; the first failure ends the search."""
-    best = own
-    for k, score in enumerate(scores.tolist()):
-        if score < best:
-            return k
-        best = score
-    return len(scores)
+def ex_9_2(moves: Tensor, k: int) -> Tensor:
+    """The base is the accepted weights; else the next difference holds the old jump again."""
+    w = base = torch.zeros_like(moves[0])
+    for move in moves:
+        now = w + move
+        w = base = now + 2 * k * (now - base)
+    return w
 
 
 def ex_9_3(s: Tensor) -> Tensor:
