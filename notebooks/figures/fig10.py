@@ -1,6 +1,6 @@
 """The picture of notebook 10: what `check` asks."""
 
-from lab.diagrams import BLUE, GREY, ORANGE, arrow, box, saved
+from lab.diagrams import GREY, ORANGE, arrow, box, saved
 from matplotlib.figure import Figure
 
 QUESTIONS = {  # -> what to do where the answer is no
