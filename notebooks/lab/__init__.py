@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))  # for `import opd`
 
+from . import fig02
 from .course import CAST, cast
 from .diagrams import (
     FIGURES,
@@ -113,3 +114,5 @@ from .rules import (
     train,
 )
 from .trees import Tree, positions_of, through_eos
+
+FIGURES |= fig02.FIGURES

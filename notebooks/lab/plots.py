@@ -27,7 +27,8 @@ T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # by de
 
 
 def style() -> None:
-    """Small figures, the colours above, everything inside the frame."""
+    """Small figures, the colours above, everything inside the frame; shown in notebooks."""
+    plt.switch_backend(plt.get_backend())  # else the first figure made without pyplot is not shown
     plt.rcParams.update({
         "figure.figsize": (6.4, 2.9), "figure.dpi": 90, "figure.constrained_layout.use": True,
         "axes.prop_cycle": plt.cycler(
