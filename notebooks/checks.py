@@ -141,9 +141,9 @@ def at_real_tokens(f: Callable) -> Callable:
     return lambda a: torch.where(a["seen"], f(a), 0.0)
 
 
-def kl_gradient(logp: Tensor, logq: Tensor) -> Tensor:
+def jsd_gradient(logp: Tensor, logq: Tensor, beta: float) -> Tensor:
     z = logp.detach().clone().requires_grad_()
-    return torch.autograd.grad(opd.reverse_kl(z.log_softmax(-1), logq).sum(), z)[0]
+    return torch.autograd.grad(opd.jsd(z.log_softmax(-1), logq, beta).sum(), z)[0]
 
 
 def weighted_score(logp: Tensor, c: Tensor) -> Tensor:
@@ -234,7 +234,7 @@ EXERCISES = {
                     bug=lambda z, w, t: broken.student_temperature_only(z, w.log_softmax(-1), t)),
     "1.3": Exercise("text eos_id", lambda y, eos: lab.through_eos(y, [eos]),
                     bug=broken.mask_by_padding),
-    "2.1": Exercise("logp logq", kl_gradient, on="values"),
+    "2.1": Exercise("logp logq beta", jsd_gradient, on="values"),
     "2.2": Exercise("logp logq", opd.reverse_kl,
                     bug=lambda p, q: broken.swapped_kl(p, q) / p.shape[-1]),
     "2.3": Exercise("logp logq beta", opd.jsd, bug=broken.jsd_of_log_probs),

@@ -217,7 +217,7 @@ def test_every_mistake_is_tried_often_enough():
     "key, answer, word",
     [
         ("0.3", lambda z, a: z.log_softmax(-1)[:, 3:-1], "wrong shape"),
-        ("2.1", lambda p, q: p.exp() - q.exp(), "KL direction"),
+        ("2.1", lambda p, q, beta: checks.jsd_gradient(p, q, 1 - beta), "weighs the wrong side"),
         ("2.2", lambda p, q: (p.exp() * (p - q)).mean(-1), "mean over the vocabulary"),
         ("2.2", lambda p, q: (q.exp() * (q - p)).sum(-1), "KL direction"),
         ("2.3", lambda p, q, beta: opd.jsd(p, q, 1 - beta), "weighs the wrong side"),

@@ -10,7 +10,21 @@ FOLDER = Path(__file__).resolve().parent
 if str(FOLDER.parent) not in sys.path:
     sys.path.insert(0, str(FOLDER.parent))  # for `import lab`, which finds opd
 
-from . import fig00, fig01, fig04, fig05, fig06, fig07, fig08, fig09, fig10, fig11, fig12, fig13  # noqa: E402
+from . import (
+    fig00,
+    fig01,
+    fig02,
+    fig04,
+    fig05,
+    fig06,
+    fig07,
+    fig08,
+    fig09,
+    fig10,
+    fig11,
+    fig12,
+    fig13,
+)  # noqa: E402
 
-EACH = (fig00, fig01, fig04, fig05, fig06, fig07, fig08, fig09, fig10, fig11, fig12, fig13)
+EACH = (fig00, fig01, fig02, fig04, fig05, fig06, fig07, fig08, fig09, fig10, fig11, fig12, fig13)
 FIGURES = {name: make for module in EACH for name, make in module.FIGURES.items()}

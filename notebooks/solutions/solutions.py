@@ -52,10 +52,11 @@ def ex_1_3(tokens: Tensor, eos_id: int) -> Tensor:
 # --- 02 divergences -------------------------------------------------------------------------------
 
 
-def ex_2_1(logp: Tensor, logq: Tensor) -> Tensor:
-    """p (l - K).  The K comes from the softmax: it makes the gradient sum to 0."""
-    p, ratio = logp.exp(), logp - logq
-    return p * (ratio - (p * ratio).sum(-1, keepdim=True))
+def ex_2_1(logp: Tensor, logq: Tensor, beta: float) -> Tensor:
+    """(1 - beta) p (log p/m - KL(p||m)): what m's own move adds is the same for every token."""
+    p, q = logp.exp(), logq.exp()
+    ratio = (p / (beta * q + (1 - beta) * p)).log()
+    return (1 - beta) * p * (ratio - (p * ratio).sum(-1, keepdim=True))
 
 
 def ex_2_2(logp: Tensor, logq: Tensor) -> Tensor:
