@@ -3,6 +3,7 @@
 python notebooks/lab figures [NAME ...]   # makes them again, all or some
 """
 
+# ruff: noqa: E402
 import sys
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from . import (
     fig11,
     fig12,
     fig13,
-)  # noqa: E402
+)
 
 EACH = (fig00, fig01, fig02, fig04, fig05, fig06, fig07, fig08, fig09, fig10, fig11, fig12, fig13)
 FIGURES = {name: make for module in EACH for name, make in module.FIGURES.items()}
