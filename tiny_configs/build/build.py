@@ -35,8 +35,9 @@ def build(model: str) -> None:
     from soft labels, by soft_labels.py.
     """
     folder = Path(model).parent
-    if not folder.name.startswith("build-") or folder.exists():
+    if not folder.name.startswith("build-") or Path(model).exists():
         return
+    opd.require(not folder.exists(), f"{folder}: was not finished; delete it")
     name, hooks = folder.name.removeprefix("build-"), {}
     if (HERE / name).is_dir():
         fresh(name, model)
