@@ -125,6 +125,11 @@ def mean_over_tokens(f: Callable) -> Callable:
     return mean
 
 
+def mean_as_reward(f: Callable) -> Callable:
+    """The same of an advantage: of its policy gradient's loss."""
+    return mean_over_tokens(lambda a: -f(a).detach() * a["logp"])
+
+
 def mean_over_actions(f: Callable) -> Callable:
     """The same of a loss of (logp, logq, action), all actions in turn."""
 
@@ -146,12 +151,6 @@ def jsd_gradient(logp: Tensor, logq: Tensor, beta: float) -> Tensor:
     return torch.autograd.grad(opd.jsd(z.log_softmax(-1), logq, beta).sum(), z)[0]
 
 
-def weighted_score(logp: Tensor, c: Tensor) -> Tensor:
-    """E_a[c(a) (e_a - p)], by differentiating E_a[c(a)]."""
-    z = logp.detach().clone().requires_grad_()
-    return torch.autograd.grad((z.softmax(-1) * c).sum(), z)[0]
-
-
 def first_order(logp: Tensor, action: Tensor) -> Tensor:
     """J (p - e_a): the change of the probabilities when the logits move by p - e_a."""
     p = logp.exp()
@@ -162,6 +161,12 @@ def first_order(logp: Tensor, action: Tensor) -> Tensor:
 
 def token_loss(p: Tensor, q: Tensor) -> Tensor:
     return -opd.log_ratio_reward(p, q) * p
+
+
+def against_mean(p: Tensor, q: Tensor, a: Tensor) -> Tensor:
+    """Route B with the reward's mean -KL as its baseline."""
+    p_a, q_a = opd.of_tokens(p, a), opd.of_tokens(q, a)
+    return -(opd.log_ratio_reward(p_a, q_a) - opd.kl_baseline(p, q)) * p_a
 
 
 def on_ids(p: Tensor, q: Tensor, ids: Tensor, tail: str) -> Tensor:
@@ -238,8 +243,9 @@ EXERCISES = {
     "2.2": Exercise("logp logq", opd.reverse_kl,
                     bug=lambda p, q: broken.swapped_kl(p, q) / p.shape[-1]),
     "2.3": Exercise("logp logq beta", opd.jsd, bug=broken.jsd_of_log_probs),
-    "3.1": Exercise("logp rewards", lambda p, r: -weighted_score(p, r), on="values"),
-    "3.2": Exercise("logp_a logq_a", token_loss, bug=broken.live_advantage),
+    "3.1": Exercise("logp logq", lambda p, q: (q - p).exp(), on="gradients", via=mean_as_reward),
+    "3.2": Exercise("logp logq tokens", against_mean,
+                    bug=lambda p, q, a: broken.state_only_advantage(p, q, opd.of_tokens(p, a))),
     "3.3": Exercise("logp logq", token_loss, bug=broken.k3_as_loss, on="gradients",
                     via=mean_over_tokens),
     "4.1": Exercise("logp logq ids", lambda *a: on_ids(*a, "bucket")),

@@ -19,7 +19,7 @@ PRIVATE = re.compile(r"(?<![\w.:/])/(?:home|root|tmp|work|usr|Users|opt|var)/|si
 SET_UP = """import sys; sys.path[:0] = [".", "notebooks"]
 import torch, lab, opd; lab.style()
 import matplotlib.pyplot as plt"""
-FIRST = ("03",)  # still in the first edition's form
+FIRST = ()  # still in the first edition's form
 LESSONS = [path for path in NOTEBOOKS if path.stem[:2] not in FIRST]
 LONG, ALONE = 13, 900  # its number; seconds
 

@@ -15,6 +15,7 @@ from . import (
     fig00,
     fig01,
     fig02,
+    fig03,
     fig04,
     fig05,
     fig06,
@@ -27,5 +28,20 @@ from . import (
     fig13,
 )
 
-EACH = (fig00, fig01, fig02, fig04, fig05, fig06, fig07, fig08, fig09, fig10, fig11, fig12, fig13)
+EACH = (
+    fig00,
+    fig01,
+    fig02,
+    fig03,
+    fig04,
+    fig05,
+    fig06,
+    fig07,
+    fig08,
+    fig09,
+    fig10,
+    fig11,
+    fig12,
+    fig13,
+)
 FIGURES = {name: make for module in EACH for name, make in module.FIGURES.items()}

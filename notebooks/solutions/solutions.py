@@ -76,16 +76,16 @@ def ex_2_3(logp: Tensor, logq: Tensor, beta: float) -> Tensor:
 # --- 03 two routes --------------------------------------------------------------------------------
 
 
-def ex_3_1(logp: Tensor, reward: Tensor) -> Tensor:
-    """sum_a p_a (-r_a) (e_a - p) = -p (r - E r): a token falls whose reward is below the mean."""
-    p = logp.exp()
-    return -p * (reward - (p * reward).sum(-1, keepdim=True))
+def ex_3_1(logp_a: Tensor, logq_a: Tensor) -> Tensor:
+    """The mean push is p (A - E A), wanted is q - p: A = q / p, whose mean is 1."""
+    return (logq_a - logp_a).exp()
 
 
-def ex_3_2(logp_a: Tensor, logq_a: Tensor) -> Tensor:
-    """The reward is a number: detach it.  Else -r log p has a second term, and sqrt(q) wins."""
-    advantage = (logq_a - logp_a).detach()
-    return -advantage * logp_a
+def ex_3_2(logp: Tensor, logq: Tensor, tokens: Tensor) -> Tensor:
+    """The reward of the token drawn, minus the mean reward, -K: A = r + K, both numbers."""
+    logp_a, logq_a = (x.gather(-1, tokens[..., None]).squeeze(-1) for x in (logp, logq))
+    kl = (logp.exp() * (logp - logq)).sum(-1)
+    return -(logq_a - logp_a + kl).detach() * logp_a
 
 
 def ex_3_3(logp_a: Tensor, logq_a: Tensor) -> Tensor:
