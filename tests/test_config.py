@@ -1,6 +1,7 @@
 """Sections 1 and 15: precedence, joined methods, bad input, the command line; no dead field."""
 
 import builtins
+import functools
 import json
 import re
 import subprocess
@@ -340,7 +341,7 @@ def test_a_users_task_without_mistakes_trains_and_may_refuse(run_dir, quick, cap
 
 # every field is alive: changing it changes the loss, the states, the schedule or the files
 
-BASE = dict(batch_size=8, steps=2, warmup=0, decay=0.0, eval_every=0, eval_prompts=8)
+BASE = dict(batch_size=8, steps=2, warmup=0, decay=0.0, eval_every=0, eval_prompts=8, max_tokens=20)
 ALIVE = {
     "student": ("tiny_configs/models/student_novice", {}),
     "teacher": ("tiny_configs/models/teacher_b", {}),
@@ -348,7 +349,7 @@ ALIVE = {
     "method": ("kd", {}),
     "states": ("teacher", {}),
     "student_share": (1.0, dict(states="teacher")),
-    "keep": ("right", dict(student="tiny_configs/models/student_muddled")),
+    "keep": ("right", dict(student="tiny_configs/models/student_muddled", max_tokens=51)),
     "batch_size": (9, {}),
     "samples_per_prompt": (4, {}),
     "temperature": (1.3, {}),
@@ -395,7 +396,12 @@ ELSEWHERE = {  # no effect on the loss by intention; each has its own test
 
 def fingerprint(**fields):
     """Losses, texts and weights after a few steps."""
-    config = opd.Config.load(**{**BASE, **fields})
+    return steps_of(opd.Config.load(**{**BASE, **fields}))
+
+
+@functools.cache
+def steps_of(config):
+    """Many fields are compared with one and the same run."""
     world = opd.load_world(config)
     config = config.model_copy(update=dict(max_tokens=world.task.max_tokens))
     optimizer = opd.make_optimizer(config, world)

@@ -191,24 +191,31 @@ def test_results_of_another_edition_are_not_mixed_with_new_ones(run_dir):
 # rules, workers
 
 
-def test_a_rule_is_a_method_of_a_comparison_and_workers_are_processes_of_their_own(run_dir):
-    """On the command line, from another folder, with two workers; then here, with one."""
+def test_a_rule_is_a_method_of_a_comparison(run_dir, quick, capsys):
+    """On the command line, from another folder; a second call runs nothing and says the same."""
     small = dict(SPEC["base"], steps=1, eval_every=1, eval_prompts=4)
     variants = {"OPD": dict(method="opd"), "AOPD": dict(method="aopd")}
     path = write(run_dir / "spec.json", base=small, variants=variants, lr=[1e-3])
-    done = command("compare", "spec.json", "--seeds", 1, "--workers", 2, folder=run_dir)
+    words = ["compare", "spec.json", "--seeds", "1", "--workers", "1"]
+    done = command(*words, folder=run_dir)
     assert done.returncode == 0, done.stderr
     assert "a small comparison" in done.stdout and "| AOPD | 0.001 |" in done.stdout
     assert (run_dir / "spec.png").read_bytes()[:4] == b"\x89PNG"
-    apart = lab.evidence(path, seeds=1)
-    lab.results_file(path).unlink()
-    here = lab.compare(path, seeds=1, workers=1)
-    for name, summary in here.items():
-        (one,), (two,) = summary["runs"], apart[name]["runs"]
-        assert one["fields"] == two["fields"] and one["accuracy"] == two["accuracy"]
-        assert one["metrics"] == two["metrics"] and one["metrics"]["kl"] > 0
-    kl = {name: summary["metrics"]["GFLOP"] for name, summary in here.items()}
+    summary = lab.evidence(path, seeds=1)
+    kl = {name: each["metrics"]["GFLOP"] for name, each in summary.items()}
     assert kl["AOPD"] >= kl["OPD"]  # it reads the teacher's whole distribution
+    here = lab.run_one(summary["AOPD"]["runs"][0]["fields"], None)
+    assert here["accuracy"] == summary["AOPD"]["runs"][0]["accuracy"]
+
+
+def test_workers_are_processes_of_their_own():
+    """Each input once, whichever is done first; an error in one reaches the caller."""
+    found = list(lab.experiments.in_processes(math.sqrt, [4.0, 9.0, 16.0], 2))
+    assert sorted(found) == [2.0, 3.0, 4.0]
+    (pid,) = lab.experiments.in_processes(eval, ["__import__('os').getpid()"], 2)
+    assert pid != os.getpid()
+    with pytest.raises(ValueError, match="math domain|nonnegative"):
+        list(lab.experiments.in_processes(math.sqrt, [-1.0], 2))
 
 
 @pytest.mark.parametrize("name", sorted(lab.RULES))

@@ -22,17 +22,19 @@ import opd
 
 SMALL = dict(batch_size=8, steps=4, eval_prompts=16, eval_every=0, warmup=2, checkpoint_every=2)
 SMALL |= dict(diagnose_every=1)
+NOVICE = "tiny_configs/models/student_novice"  # never guesses: each row has 16 tokens
+SHORT = dict(SMALL, max_tokens=16, student=NOVICE)
 FULL = dict(SMALL, eval_every=4)
 MUDDLED = "tiny_configs/models/student_muddled"
 CASES = {
     "reinforce": dict(SMALL, method="reinforce", samples_per_prompt=4),
-    "mean": dict(SMALL, aggregation="sequence_mean", micro_batch=3),  # 3 + 1 rows; alone 3 + 3 + 2
-    "popd": dict(SMALL, method="opd_full+popd", horizon_start=3, max_tokens=40),
-    "credit": dict(SMALL, method="opd", gamma=0.9, updates_per_rollout=2, lr=1e-4),
-    "top_k": dict(SMALL, method="rethinking_topk", updates_per_rollout=2, lr=1e-4),
-    "critic": dict(SMALL, method="gae_opd"),
+    "mean": dict(SHORT, aggregation="sequence_mean", micro_batch=3),  # 3 + 1 rows; alone 3 + 3 + 2
+    "popd": dict(SMALL, method="opd_full+popd", horizon_start=3, max_tokens=16),
+    "credit": dict(SHORT, method="opd", gamma=0.9, updates_per_rollout=2, lr=1e-4),
+    "top_k": dict(SHORT, method="rethinking_topk", updates_per_rollout=2, lr=1e-4),
+    "critic": dict(SHORT, method="gae_opd"),
     "right": dict(SMALL, keep="right", student=MUDDLED, aggregation="sequence_mean"),
-    "shared": dict(SMALL, method="gkd"),
+    "shared": dict(SHORT, method="gkd"),
     "effopd": dict(SMALL, method="effopd", lr=1e-4, warmup=0),
 }
 COMPARED = {
