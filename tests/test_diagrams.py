@@ -1,5 +1,6 @@
 """lab.diagrams: strips and animations; notebooks/figures: the pictures of the course."""
 
+import json
 import re
 import sys
 
@@ -117,12 +118,24 @@ def test_the_page_of_tables_is_what_the_results_say(command):
 
 def test_tables_and_figures_on_the_command_line(command, monkeypatch, tmp_path, capsys):
     evidence = ROOT / "tiny_configs/evidence"
-    for name in ("head.md", "compatible.json", "compatible.results.json"):
+    for name in ("head.md", "second.md", "compatible.json", "compatible.results.json"):
         (tmp_path / name).write_text((evidence / name).read_text())
+    (name, one), *_ = lab.evidence(evidence / "compatible.json").items()
+    for run in (results := json.loads((tmp_path / "compatible.results.json").read_text())):
+        run["edition"] = lab.EDITION
+    (tmp_path / "compatible.results.json").write_text(json.dumps(results))
+    accuracy, half = one["accuracy"]
+    rows = [f'compatible,"{name}",0.5,{value},0.001' for value in (accuracy, 9)]
+    head = "comparison,variant,lr,accuracy,half\n"
+    (tmp_path / "first_edition.csv").write_text(head + "\n".join(rows))
     monkeypatch.setattr(command, "EVIDENCE", tmp_path)
     assert command.main(["tables"]) == 0
     page = (tmp_path / "README.md").read_text()
     assert "## compatible\n" in page and "| hasty, teacher |" in page
+    same, other = page.splitlines()[-2:]
+    now = f"| {one['lr']:g} | {accuracy:.3f} ± {half:.3f} |"
+    assert same == f"| compatible | {name} | 0.5 | {accuracy:.3f} ± 0.001 {now}  |"
+    assert other == f"| compatible | {name} | 0.5 | 9.000 ± 0.001 {now} moved |"
     monkeypatch.setattr(figures, "FOLDER", tmp_path)
     assert command.main(["figures", "loop.png"]) == 0 and (tmp_path / "loop.png").exists()
     assert str(tmp_path / "loop.png") in capsys.readouterr().out

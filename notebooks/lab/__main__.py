@@ -8,6 +8,7 @@ python notebooks/lab tables                                   # tiny_configs/evi
 python notebooks/lab figures [NAME ...]                       # notebooks/figures, or some of it
 """
 
+import csv
 import sys
 from pathlib import Path
 
@@ -79,6 +80,22 @@ def page() -> str:
         note = "**First edition's numbers, not run again yet.** " * old + spec["says"]
         text += f"\n## {path.stem}\n\n{spec['about']}.\n\n{lab.markdown_table(summary)}\n"
         text += f"\n{note.strip()}\n" * bool(note.strip()) + f"\n![{path.stem}]({path.stem}.png)\n"
+    return text + against_the_first()
+
+
+def against_the_first() -> str:
+    """Every accuracy that was run again, beside the first edition's; moved: the intervals part."""
+    text = (EVIDENCE / "second.md").read_text()
+    with (EVIDENCE / "first_edition.csv").open() as file:
+        for row in csv.DictReader(file):
+            new = lab.evidence(EVIDENCE / f"{row['comparison']}.json")[row["variant"]]
+            if any("edition" not in run for run in new["runs"]):
+                continue
+            old, within, (now, half) = float(row["accuracy"]), float(row["half"]), new["accuracy"]
+            moved = "moved" if abs(now - old) > half + within else ""
+            first = f"{float(row['lr']):g} | {old:.3f} ± {within:.3f}"
+            second = f"{new['lr']:g} | {now:.3f} ± {half:.3f}"
+            text += f"| {row['comparison']} | {row['variant']} | {first} | {second} | {moved} |\n"
     return text
 
 
