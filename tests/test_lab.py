@@ -191,8 +191,8 @@ def test_results_of_another_edition_are_not_mixed_with_new_ones(run_dir):
 # rules, workers
 
 
-def test_a_rule_is_a_method_of_a_comparison(run_dir, quick, capsys):
-    """On the command line, from another folder; a second call runs nothing and says the same."""
+def test_a_rule_is_a_method_of_a_comparison(run_dir, quick):
+    """On the command line, from another folder; the same run here ends at the same accuracy."""
     small = dict(SPEC["base"], steps=1, eval_every=1, eval_prompts=4)
     variants = {"OPD": dict(method="opd"), "AOPD": dict(method="aopd")}
     path = write(run_dir / "spec.json", base=small, variants=variants, lr=[1e-3])

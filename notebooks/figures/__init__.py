@@ -3,45 +3,13 @@
 python notebooks/lab figures [NAME ...]   # makes them again, all or some
 """
 
-# ruff: noqa: E402
 import sys
+from importlib import import_module
 from pathlib import Path
 
 FOLDER = Path(__file__).resolve().parent
 if str(FOLDER.parent) not in sys.path:
     sys.path.insert(0, str(FOLDER.parent))  # for `import lab`, which finds opd
 
-from . import (
-    fig00,
-    fig01,
-    fig02,
-    fig03,
-    fig04,
-    fig05,
-    fig06,
-    fig07,
-    fig08,
-    fig09,
-    fig10,
-    fig11,
-    fig12,
-    fig13,
-)
-
-EACH = (
-    fig00,
-    fig01,
-    fig02,
-    fig03,
-    fig04,
-    fig05,
-    fig06,
-    fig07,
-    fig08,
-    fig09,
-    fig10,
-    fig11,
-    fig12,
-    fig13,
-)
+EACH = [import_module(f".fig{number:02}", __name__) for number in range(14)]  # they need lab
 FIGURES = {name: make for module in EACH for name, make in module.FIGURES.items()}
