@@ -977,7 +977,7 @@ class World:
     teacher: Module | None
     tokenizer: Any
     task: Task
-    vocab: dict[str, Any]  # eos_ids, vocab_size, stops: what every `sample` of the run shares
+    vocab: dict[str, Any]  # eos_ids, vocab_size, maybe stops: what every `sample` of the run shares
     autocast: Any = field(default_factory=nullcontext)  # the context of the student's passes
     critic: Module | None = None  # V(s) from the student's hidden states, for baseline = "value"
     sampler: Any = None  # a VLLMEngine in place of the student's own sampling
@@ -1470,17 +1470,18 @@ def load_world(c: Config) -> World:
         if c.states == "data":
             task.demonstrations(some)
     student = load_model(c.student, device=device)
-    vocab = dict(eos_ids=eos_ids_of(student), vocab_size=size, stops=None)
+    vocab = dict(eos_ids=eos_ids_of(student), vocab_size=size)
     world = World(student, None, tokenizer, task, vocab)
     world.autocast = torch.autocast(device, torch.bfloat16, enabled=bf16)
     if c.teacher and not c.remote:
         world.teacher = load_model(c.teacher, "teacher", device=device)
         check_pair(student, world.teacher, tokenizer, load_tokenizer(c.teacher, "teacher"))
         ours, theirs = vocab["eos_ids"], eos_ids_of(world.teacher)
-        stops = sorted({*ours, *theirs}, key=lambda i: (i != tokenizer.eos_token_id, i))
-        vocab |= dict(eos_ids=stops, stops=stops if ours != theirs else None)
-        same = f"engine = vllm: needs one set of EOS ids; student {ours}, teacher {theirs}"
-        require(ours == theirs or c.engine != "vllm", same)
+        if ours != theirs:  # all of them are one event, which the tokenizer's id stands for
+            rule = f"needs one set of EOS ids; student {ours}, teacher {theirs}"
+            require(c.engine != "vllm", f"engine = vllm: {rule}")
+            stops = sorted({*ours, *theirs}, key=lambda i: (i != tokenizer.eos_token_id, i))
+            vocab |= dict(eos_ids=stops, stops=stops)
     if c.baseline == "value":
         world.critic = torch.nn.Linear(student.get_input_embeddings().embedding_dim, 1).to(device)
         for p in world.critic.parameters():

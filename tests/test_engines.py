@@ -17,6 +17,7 @@ import time
 import urllib.request
 from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
 
 import lab
 import pytest
@@ -436,6 +437,24 @@ def test_a_teacher_that_leaves_for_good_and_comes_back(afar, quick, run_dir, cap
 def test_without_vllm_the_package_to_install_is_named():
     with pytest.raises(opd.InputError, match=r"pip install vllm(-cpu)?==0\.32\.0"):
         opd.VLLMEngine(HASTY, 80, torch.float32)
+
+
+@pytest.mark.parametrize("teacher", [TEACHER, "tiny_configs/models/teacher_b"])
+def test_a_run_asks_vllm_for_settings_that_it_knows(teacher, run_dir):
+    """SamplingParams of vLLM 0.32 refuses every other word."""
+    config = opd.Config.load(**SMALL, teacher=teacher, max_tokens=8, top_p=0.9)
+    world, asked = opd.load_world(config), []
+    world.sampler = engine = object.__new__(opd.VLLMEngine)  # without vLLM behind it
+    engine.llm = SimpleNamespace(model_config=SimpleNamespace(get_vocab_size=lambda: 32))
+    engine.sync, engine.ask = lambda student: None, lambda texts, params: asked.extend(params)
+    with pytest.raises(TypeError, match="NoneType"):  # no answer comes
+        opd.write(config, world, 0, 8)
+    known = {"seed", "temperature", "top_p", "max_tokens", "stop_token_ids", "ignore_eos"}
+    assert len(asked) == 8 and all(
+        set(each) == known | {"logit_bias", "logprobs"} for each in asked
+    )
+    assert asked[0]["logit_bias"] == dict.fromkeys(range(V, 32), -100.0)
+    assert asked[0]["stop_token_ids"] == [2] and asked[0]["max_tokens"] == 8
 
 
 # vLLM itself
