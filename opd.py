@@ -1477,7 +1477,7 @@ def load_world(c: Config) -> World:
         world.teacher = load_model(c.teacher, "teacher", device=device)
         check_pair(student, world.teacher, tokenizer, load_tokenizer(c.teacher, "teacher"))
         ours, theirs = vocab["eos_ids"], eos_ids_of(world.teacher)
-        if ours != theirs:  # all of them are one event, which the tokenizer's id stands for
+        if ours != theirs:  # one event, one id for all
             rule = f"needs one set of EOS ids; student {ours}, teacher {theirs}"
             require(c.engine != "vllm", f"engine = vllm: {rule}")
             stops = sorted({*ours, *theirs}, key=lambda i: (i != tokenizer.eos_token_id, i))
